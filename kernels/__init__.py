@@ -1,0 +1,1 @@
+"""The arithmetic of the runtime: attention over paged KV, norms, rotary embedding."""

@@ -1,0 +1,1 @@
+"""bough: a language for LLM programs, and the runtime made for it."""

@@ -1,0 +1,1 @@
+"""The bough runtime process: state as branches of a token tree, a radix cache, continuous batching."""
