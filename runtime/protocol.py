@@ -75,9 +75,7 @@ ErrorKind = Literal[
 
 FinishReason = Literal["stop", "length", "context"]
 
-ChoiceMethod = Literal[
-    "token_length_normalized", "greedy_token_selection", "unconditional_likelihood_normalized"
-]
+ChoiceMethod = Literal["token_length_normalized", "greedy_token_selection", "unconditional_likelihood_normalized"]
 CHOICE_METHODS: Final[tuple[str, ...]] = get_args(ChoiceMethod)
 
 
@@ -195,7 +193,7 @@ def _between(field: str, value: float, low: float, high: float) -> None:
 # --------------------------------------------------------------------------------------------- requests
 
 
-class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="t"):
+class _Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="t"):
     """Base of all messages: a closed map with its type under "t"; fields that equal their default are not sent."""
 
 
@@ -421,9 +419,9 @@ class Generated(_Message, tag="generated"):
     text: str
     buffer: int
     finish_reason: FinishReason
-    matched_stop: str | int | None = None
     length: int
     usage: Usage
+    matched_stop: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -440,9 +438,9 @@ class Selected(_Message, tag="selected"):
     scores: list[float]
     distribution: list[float]
     logprobs: list[list[TokenLogprob]]
-    unconditional: list[list[float]] | None = None
     length: int
     usage: Usage
+    unconditional: list[list[float]] | None = None
 
 
 class Cancelled(_Message, tag="cancelled"):
@@ -479,9 +477,7 @@ class Failed(_Message, tag="failed"):
     """The operation whose failure this one depends on (kind dependency_failed)."""
 
 
-Reply: TypeAlias = (
-    Welcome | Ok | Extended | Delta | Generated | Selected | Cancelled | Stats | Pong | Failed
-)
+Reply: TypeAlias = Welcome | Ok | Extended | Delta | Generated | Selected | Cancelled | Stats | Pong | Failed
 
 # --------------------------------------------------------------------------------------------- encoding
 
