@@ -1,0 +1,278 @@
+"""`RadixTree`: which token prefixes have their KV in which pages. Pure bookkeeping, token-granular over pages.
+
+A node is an edge of tokens below its parent and names the pages that hold their KV. Page i of a path holds positions
+[i * page_size, (i + 1) * page_size). Where an edge starts inside a page, that first page also holds the KV of the
+positions before it (the same page, or a copy made when a sequence began to write there), so along a path the deeper
+node's page wins::
+
+    page_size 4    root ── a: [t0 t1 t2 t3 t4 t5]       pages of a: P0 P1      P1 = . . t4 t5 . .
+                             └─ b: [t6 t7 t8]           pages of b: P7 P8      P7 = copy of t4 t5, then t6 t7
+
+The tree holds its nodes' pages in the allocator (one holder per node and page) and never writes KV. A node may be
+locked; only a leaf without locks can be evicted, so a lock on a node protects the whole path above it in O(1).
+Each namespace is a root of its own: nothing matches across namespaces by construction.
+After SGLang's RadixAttention (Zheng et al. 2024, arXiv 2312.07104, section 3).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bough.runtime.cache.page_allocator import PageAllocator
+from bough.runtime.vector import IntArray, IntVector
+
+_EMPTY: IntArray = np.empty(0, dtype=np.int32)
+
+
+class Node:
+    """An edge of the tree. `end` is the length of the prefix that the path to this node spells."""
+
+    __slots__ = ("children", "in_heap", "last_use", "locks", "pages", "parent", "start", "tokens")
+
+    def __init__(self, parent: Node | None, start: int, tokens: IntArray, pages: IntArray) -> None:
+        self.parent = parent
+        self.start = start
+        self.tokens = tokens
+        self.pages = pages
+        self.children: dict[int, Node] = {}
+        self.locks = 0
+        self.last_use = 0
+        self.in_heap = False
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def is_evictable(self) -> bool:
+        return self.parent is not None and not self.children and self.locks == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix of some tokens: the path from below the root, the last node used up to `length`."""
+
+    root: Node
+    path: tuple[Node, ...]
+    length: int
+
+
+class RadixTree:
+    """Prefixes -> pages. The prefix cache is its only caller."""
+
+    def __init__(self, page_size: int, allocator: PageAllocator) -> None:
+        self.page_size = page_size
+        self.num_nodes = 0
+        self.version = 0  # grows when what can match changes
+        self._allocator = allocator
+        self._roots: dict[Hashable, Node] = {}
+        self._held: npt.NDArray[np.int32] = np.zeros(allocator.num_pages, dtype=np.int32)
+        self._heap: list[tuple[int, int, Node]] = []  # (last_use, tie, node); stale entries are mended when popped
+        self._clock = 0
+        self._tie = 0
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def match(self, namespace: Hashable, tokens: IntArray) -> Match:
+        """Find the longest cached prefix of `tokens`; changes nothing but the time of last use."""
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = Node(None, 0, _EMPTY, _EMPTY)
+        self._clock += 1
+        path: list[Node] = []
+        node, position = root, 0
+        while position < len(tokens):
+            child = node.children.get(int(tokens[position]))
+            if child is None:
+                break
+            common = _common_prefix(child.tokens, tokens[position:])
+            child.last_use = self._clock
+            path.append(child)
+            position += common
+            node = child
+            if common < len(child.tokens):
+                break
+        return Match(root, tuple(path), position)
+
+    def num_cached_pages(self) -> int:
+        """Count the pages that some node names."""
+        return int(np.count_nonzero(self._held))
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots, parents first."""
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            if node.parent is not None:
+                yield node
+            stack.extend(node.children.values())
+
+    # ------------------------------------------------------------------------------------------ changing
+
+    def seal(self, match: Match) -> Node:
+        """Return the node that ends exactly at `match.length`, splitting an edge that goes on."""
+        if not match.path:
+            return match.root
+        last = match.path[-1]
+        return last if last.end == match.length else self._split(last, match.length - last.start)
+
+    def fill_row(self, node: Node, row: IntVector) -> None:
+        """Append to the empty `row` the pages of the path to `node`, one per page index."""
+        path: list[Node] = []
+        walk: Node | None = node
+        while walk is not None and walk.parent is not None:
+            path.append(walk)
+            walk = walk.parent
+        for step in reversed(path):
+            row.truncate(step.start // self.page_size)  # a deeper node's first page wins
+            row.extend(step.pages)
+
+    def insert(self, node: Node, tokens: IntArray, row: IntVector) -> Node:
+        """Add tokens[node.end:], whose KV lies in the pages of `row`, below `node`; return the node of the whole.
+
+        Where the tree already has a twin, the tree's pages win: full pages of the row are rewritten to them and the
+        row's own are released. The caller holds the only lock on `node`, or `node` is a root.
+        """
+        self._clock += 1
+        start, position = node, node.end
+        while position < len(tokens):
+            child = node.children.get(int(tokens[position]))
+            if child is None:
+                self.version += 1
+                return self._append(node, tokens, row, locks_of_caller=1 if node is start else 0)
+            common = _common_prefix(child.tokens, tokens[position:])
+            if common < len(child.tokens):
+                child = self._split(child, common)
+            self._adopt(child, row)
+            child.last_use = self._clock
+            node, position = child, child.end
+        return node
+
+    def lock(self, node: Node) -> None:
+        """Protect the path to `node` from eviction."""
+        node.locks += 1
+
+    def unlock(self, node: Node) -> None:
+        """Take back one `lock`."""
+        assert node.locks > 0, "a node was unlocked more often than locked"
+        node.locks -= 1
+        self._offer(node)
+
+    def evict(self, num_pages: int) -> int:
+        """Drop least recently used leaves until `num_pages` pages became free or nothing is left; return how many did.
+
+        O(log n) per leaf: a heap entry that is out of date is put back when it surfaces, never searched for.
+        """
+        freed = 0
+        while freed < num_pages and self._heap:
+            last_use, _, node = heapq.heappop(self._heap)
+            node.in_heap = False
+            if not node.is_evictable:
+                continue  # offered again when it becomes so
+            if node.last_use != last_use:
+                self._offer(node)
+                continue
+            freed += self._remove(node)
+        return freed
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def _split(self, node: Node, length: int) -> Node:
+        """Cut `node`'s edge after `length` tokens; return the new upper part. `node` stays the lower: leases hold."""
+        size = self.page_size
+        cut = node.start + length
+        first = node.start // size
+        upper = Node(node.parent, node.start, node.tokens[:length].copy(), node.pages[: -(-cut // size) - first].copy())
+        upper.last_use = node.last_use
+        assert node.parent is not None, "a root has no edge to split"
+        node.parent.children[int(upper.tokens[0])] = upper
+        if cut % size:  # both parts name the page that holds the cut
+            self._hold(upper.pages[-1:])
+        node.pages = node.pages[cut // size - first :].copy()
+        node.tokens = node.tokens[length:].copy()
+        node.start = cut
+        node.parent = upper
+        upper.children[int(node.tokens[0])] = node
+        self.num_nodes += 1
+        return upper
+
+    def _append(self, node: Node, tokens: IntArray, row: IntVector, locks_of_caller: int) -> Node:
+        """Put the rest of `tokens` below `node`: a longer edge if nobody else's lease ends there, else a new leaf."""
+        size, position = self.page_size, node.end
+        pages = row.view(position // size, -(-len(tokens) // size))
+        if node.parent is None or node.children or node.locks > locks_of_caller:
+            leaf = Node(node, position, tokens[position:].copy(), pages.copy())
+            self._hold(leaf.pages)
+            if node.parent is not None and not node.children:
+                self._share_straddling_page(node, leaf)
+            node.children[int(leaf.tokens[0])] = leaf
+            self.num_nodes += 1
+            leaf.last_use = self._clock
+            self._offer(leaf)
+            return leaf
+        kept = len(node.pages) - (1 if position % size else 0)
+        replaced = node.pages[kept:]
+        node.tokens = np.concatenate((node.tokens, tokens[position:]))
+        self._hold(pages)
+        self._drop(replaced)
+        node.pages = np.concatenate((node.pages[:kept], pages))
+        node.last_use = self._clock
+        return node
+
+    def _share_straddling_page(self, node: Node, leaf: Node) -> None:
+        """Let `node` name its first child's copy of the page where they meet, so that no page is kept twice."""
+        if node.end % self.page_size and node.pages[-1] != leaf.pages[0]:
+            old = node.pages[-1:].copy()
+            node.pages = node.pages.copy()
+            node.pages[-1] = leaf.pages[0]
+            self._hold(node.pages[-1:])
+            self._drop(old)
+
+    def _adopt(self, child: Node, row: IntVector) -> None:
+        """Rewrite the row's full pages of `child`'s range to the tree's."""
+        first, last = child.start // self.page_size, child.end // self.page_size
+        ours, theirs = row.view(first, last), child.pages[: last - first]
+        differ = np.flatnonzero(ours != theirs)
+        if len(differ):
+            self._allocator.hold(theirs[differ])
+            self._allocator.release(ours[differ])
+            ours[differ] = theirs[differ]
+
+    def _remove(self, node: Node) -> int:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[int(node.tokens[0])]
+        node.parent = None
+        parent.last_use = max(parent.last_use, node.last_use)
+        self.num_nodes -= 1
+        self.version += 1
+        freed = self._drop(node.pages)
+        self._offer(parent)
+        return freed
+
+    def _offer(self, node: Node) -> None:
+        if node.is_evictable and not node.in_heap:
+            node.in_heap = True
+            self._tie += 1
+            heapq.heappush(self._heap, (node.last_use, self._tie, node))
+
+    def _hold(self, pages: IntArray) -> None:
+        self._allocator.hold(pages)
+        self._held[pages] += 1
+
+    def _drop(self, pages: IntArray) -> int:
+        self._held[pages] -= 1
+        return len(self._allocator.release(pages))
+
+
+def _common_prefix(left: IntArray, right: IntArray) -> int:
+    """Return the number of leading tokens that agree."""
+    length = min(len(left), len(right))
+    differ = left[:length] != right[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length

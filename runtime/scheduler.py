@@ -1,0 +1,316 @@
+"""Continuous batching: admit, plan a `Batch`, commit its results, finish, preempt. No torch, no sockets, no text.
+
+One token budget per step is shared by the decodes of all running sequences and by chunks of any number of prefills.
+A sequence is admitted when pages for all its tokens can be had; later growth may run out of pages, and then the
+newest sequence is preempted: its KV is published before its pages are released, so that resuming is mostly a hit.
+The oldest running sequence is never preempted for another, so there is always progress.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass
+from itertools import chain
+
+
+from bough.runtime.batch import Batch, PageCopy, Row, RowResult
+from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.policies import POLICIES
+from bough.runtime.protocol import RequestError
+from bough.runtime.sequence import Sequence, Status
+from bough.runtime.vector import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A planned step: the batch for the runner, and which sequence each row belongs to."""
+
+    batch: Batch
+    sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step did for one sequence. `result.token` has already been appended to the sequence."""
+
+    sequence: Sequence
+    result: RowResult
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start, mostly tokens. prompt = cached + computed; recomputed: again, after a preemption."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Owns the sequences and, through the cache, the pages. One caller, one thread."""
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        *,
+        token_budget: int,
+        max_running: int,
+        policy: str = "lpm",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cache = cache
+        self.counters = Counters()
+        self.running: list[Sequence] = []  # oldest first
+        self._waiting: dict[Sequence, None] = {}  # in order of arrival
+        self._preempted: deque[Sequence] = deque()  # oldest first; always before the others
+        self._exhausted: list[Sequence] = []
+        self._matched: dict[Sequence, tuple[int, int]] = {}  # tree version, matched length
+        self._order = POLICIES[policy]
+        self._token_budget = token_budget
+        self._max_running = max_running
+        self._clock = clock
+        self._arrivals = 0
+
+    # ------------------------------------------------------------------------------------------ queue
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._preempted)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something now."""
+        return bool(self._exhausted) or any(
+            not sequence.is_paused for sequence in chain(self.running, self._preempted, self._waiting)
+        )
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises RequestError("resource_exhausted") if the whole pool could not hold it."""
+        needed = self.cache.num_pages_for(len(sequence.tokens))
+        if needed > self.cache.num_pages:
+            raise RequestError(
+                "resource_exhausted",
+                f"{len(sequence.tokens)} tokens need {needed} pages, the KV pool has {self.cache.num_pages}: "
+                "raise max_total_tokens",
+                needed_pages=needed,
+                total_pages=self.cache.num_pages,
+            )
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self._waiting[sequence] = None
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence, whatever its state; its KV stays in the cache. The one terminal transition."""
+        assert sequence.status is not Status.FINISHED, "a sequence was finished twice"
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence in self._waiting:
+            del self._waiting[sequence]
+        elif sequence in self._preempted:
+            self._preempted.remove(sequence)
+        self._matched.pop(sequence, None)
+        sequence.status = Status.FINISHED
+
+    def pause(self, sequence: Sequence) -> None:
+        """Stop scheduling a sequence; it keeps its pages, but is the first to be preempted."""
+        sequence.is_paused = True
+
+    def resume(self, sequence: Sequence) -> None:
+        """Take back `pause`."""
+        sequence.is_paused = False
+
+    def take_exhausted(self) -> list[Sequence]:
+        """Return the sequences that can never go on for lack of pages; the caller finishes them."""
+        exhausted, self._exhausted = self._exhausted, []
+        return exhausted
+
+    # ------------------------------------------------------------------------------------------ plan
+
+    def plan(self) -> Step | None:
+        """Choose what the next step computes and make sure that it has pages. None if there is nothing to do."""
+        rows: dict[Sequence, int] = {}
+        copies: list[PageCopy] = []
+        budget = self._token_budget
+        num_preempted = self.counters.preemptions
+        for sequence in [s for s in self.running if not s.is_prefilling]:
+            if budget and self._can_decode(sequence, rows):
+                rows[sequence] = 1
+                budget -= 1
+        for sequence in self.running:
+            if budget and sequence.is_prefilling and not sequence.is_paused:
+                rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
+                budget -= rows[sequence]
+        if num_preempted == self.counters.preemptions:
+            self._admit(budget, rows, copies)
+        if not rows:
+            return None
+        batch = Batch(tuple(self._row(s, num_new) for s, num_new in rows.items()), tuple(copies))
+        return Step(batch, tuple(rows))
+
+    def _row(self, sequence: Sequence, num_new: int) -> Row:
+        return sequence.row(num_new, self.cache.num_pages_for(sequence.num_computed + num_new))
+
+    def _can_decode(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
+        """Reserve the slot of the next token, preempting newer sequences if need be."""
+        if sequence.is_paused or sequence.status is not Status.RUNNING:
+            return False
+        assert sequence.lease is not None
+        while not self.cache.reserve(sequence.lease, len(sequence.tokens)):
+            victim = self._victim(planned)
+            if victim is sequence and len(self.running) == 1:
+                self._exhausted.append(sequence)
+                sequence.is_paused = True
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _victim(self, planned: dict[Sequence, int]) -> Sequence:
+        """The sequence to preempt: one that is paused, else the newest, never one that is planned already."""
+        candidates = [s for s in self.running if s not in planned]
+        return next((s for s in reversed(candidates) if s.is_paused), candidates[-1])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        self._preempted.appendleft(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        assert sequence.lease is not None
+        self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))
+        self.cache.release(sequence.lease)
+        sequence.lease = None
+
+    # ------------------------------------------------------------------------------------------ admit
+
+    def _admit(self, budget: int, rows: dict[Sequence, int], copies: list[PageCopy]) -> None:
+        """Start waiting sequences while budget, places and pages last; stop at the first that does not fit."""
+        if budget <= 0 or not self.num_waiting:
+            return
+        if len(self.running) >= self._max_running and not self._preempt_paused():
+            return
+        queue = [*self._preempted, *self._order(self._waiting, self._matched_len, self._arrivals)]
+        for sequence in queue:
+            if budget <= 0 or len(self.running) >= self._max_running:
+                return
+            if sequence.is_paused or self._is_computed_elsewhere(sequence):
+                continue
+            lease = self.cache.acquire(
+                sequence.namespace, sequence.tokens.view(), sequence.match_limit, headroom=len(self.running)
+            )
+            if lease is None:
+                if not self.running:
+                    self._exhausted.append(sequence)
+                    sequence.is_paused = True
+                self._preempt_paused()  # its pages serve the next step
+                return
+            self._start(sequence)
+            sequence.lease = lease
+            sequence.num_computed = lease.matched
+            self._count_prompt(sequence)
+            if lease.copy is not None:
+                copies.append(lease.copy)
+            rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
+            budget -= rows[sequence]
+
+    def _preempt_paused(self) -> bool:
+        """Take place and pages from a sequence whose reader stalls; False if there is none."""
+        paused = next((s for s in reversed(self.running) if s.is_paused), None)
+        if paused is not None:
+            self._preempt(paused)
+        return paused is not None
+
+    def _start(self, sequence: Sequence) -> None:
+        if sequence in self._waiting:
+            del self._waiting[sequence]
+        else:
+            self._preempted.remove(sequence)
+        self._matched.pop(sequence, None)
+        sequence.status = Status.RUNNING
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._clock()
+        # Oldest first, so that a sequence that was preempted takes its old place again.
+        position = len(self.running)
+        while position and self.running[position - 1].arrival > sequence.arrival:
+            position -= 1
+        self.running.insert(position, sequence)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        computed = sequence.goal - sequence.num_computed
+        if sequence.num_preemptions:
+            self.counters.recomputed_tokens += max(computed - 1, 0)
+            return
+        sequence.cached_tokens, sequence.computed_tokens = sequence.num_computed, computed
+        self.counters.prompt_tokens += sequence.goal
+        self.counters.cached_tokens += sequence.num_computed
+        self.counters.computed_tokens += computed
+
+    def _matched_len(self, sequence: Sequence) -> int:
+        version, length = self._matched.get(sequence, (-1, 0))
+        if version != self.cache.tree.version:
+            tokens = sequence.tokens.view(0, sequence.match_limit)
+            length = self.cache.matched_len(sequence.namespace, tokens)
+            self._matched[sequence] = (self.cache.tree.version, length)
+        return length
+
+    def _is_computed_elsewhere(self, sequence: Sequence) -> bool:
+        """Whether a running prefill is about to publish a page or more of what this sequence needs (single flight)."""
+        if not self.cache.enabled:
+            return False
+        wanted = sequence.tokens.view(0, sequence.match_limit)
+        for other in self.running:
+            if not other.is_prefilling or other.is_paused or other.namespace != sequence.namespace:
+                continue
+            common = _common_prefix(other.tokens.view(0, min(other.prompt_len, other.goal)), wanted)
+            if common - self._matched_len(sequence) >= self.cache.page_size:
+                return True
+        return False
+
+    # ------------------------------------------------------------------------------------------ commit
+
+    def commit(self, step: Step, results: Items[RowResult]) -> list[Outcome]:
+        """Take in what a step computed: advance, append drawn tokens, publish. Returns one outcome per row."""
+        self.counters.steps += 1
+        for sequence, row, result in zip(step.sequences, step.batch.rows, results, strict=True):
+            assert sequence.lease is not None
+            assert sequence.status is Status.RUNNING
+            was_prefilling = sequence.is_prefilling
+            sequence.num_computed += len(row.token_ids)
+            if was_prefilling or sequence.num_computed % self.cache.page_size == 0:
+                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))
+            if result.token is not None:
+                sequence.tokens.append(result.token)
+                self.counters.generated_tokens += 1
+        return [Outcome(sequence, result) for sequence, result in zip(step.sequences, results, strict=True)]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if queues, leases, tree and pages disagree."""
+        for sequence in self.running:
+            assert sequence.status is Status.RUNNING
+            assert sequence.lease is not None
+            assert len(sequence.lease.row) * self.cache.page_size >= sequence.num_computed
+        for sequence in (*self._waiting, *self._preempted):
+            assert sequence.status is Status.WAITING
+            assert sequence.lease is None
+        self.cache.check_invariants(s.lease for s in self.running if s.lease is not None)
+
+
+def _common_prefix(left: IntArray, right: IntArray) -> int:
+    length = min(len(left), len(right))
+    if not length:
+        return 0
+    differ = left[:length] != right[:length]
+    first = int(differ.argmax())
+    return first if differ[first] else length

@@ -1,0 +1,67 @@
+"""`TokenLog`: the token ids of a branch, shared with its forks.
+
+The text of a branch is the truth; cached KV is only a copy of what it implies. So a branch holds ids, never pages: it
+can be idle, forked, cut or forgotten without touching the cache, and resumed after its KV was evicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bough.runtime.vector import IntArray, IntVector
+
+_MAX_SEGMENTS = 32
+
+
+class TokenLog:
+    """Token ids in sealed segments that forks share, followed by own ones. Fork is O(own tail), flat in length."""
+
+    __slots__ = ("_own", "_sealed", "_sealed_len")
+
+    def __init__(self, sealed: tuple[IntArray, ...] = (), sealed_len: int = 0) -> None:
+        self._sealed = sealed
+        self._sealed_len = sealed_len
+        self._own: IntVector | None = None
+
+    def __len__(self) -> int:
+        return self._sealed_len + (len(self._own) if self._own is not None else 0)
+
+    def extend(self, token_ids: Sequence[int] | IntArray) -> None:
+        """Append ids."""
+        if len(token_ids):
+            if self._own is None:
+                self._own = IntVector()
+            self._own.extend(token_ids)
+
+    def fork(self) -> TokenLog:
+        """Return a log with the same ids that goes its own way from here."""
+        if self._own is not None and len(self._own):
+            self._sealed = (*self._sealed, self._own.view().copy())
+            self._sealed_len += len(self._own)
+            self._own = None
+            if len(self._sealed) > _MAX_SEGMENTS:
+                self._sealed = (np.concatenate(self._sealed),)
+        return TokenLog(self._sealed, self._sealed_len)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` ids."""
+        assert 0 <= length <= len(self), f"cannot truncate {len(self)} tokens to {length}"
+        if self._own is not None and length >= self._sealed_len:
+            self._own.truncate(length - self._sealed_len)
+            return
+        self._own = None
+        kept: list[IntArray] = []
+        self._sealed_len = 0
+        for segment in self._sealed:
+            if self._sealed_len < length:
+                kept.append(segment[: length - self._sealed_len])
+                self._sealed_len += len(kept[-1])
+        self._sealed = tuple(kept)
+
+    def array(self, *more: Sequence[int] | IntArray) -> IntArray:
+        """Return all ids, followed by `more`, as a new int32 array."""
+        own = (self._own.view(),) if self._own is not None else ()
+        parts = [*self._sealed, *own, *(np.asarray(ids, dtype=np.int32) for ids in more)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
