@@ -9,7 +9,7 @@ from bough.runtime.protocol import RequestError
 SCHEDULE_POLICIES = ("lpm", "fcfs")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """What a runtime may use and how it orders work.
 
@@ -18,7 +18,6 @@ class RuntimeConfig:
     schedule_policy: "lpm" admits the longest cached prefix first, with ageing; "fcfs" in order of arrival.
     radix_cache: keep prefixes between operations. seed: None draws one at start.
     max_waiting: operations queued over all clients before `overloaded`; max_branches, max_sessions: likewise.
-    max_text_bytes: longest text of one branch that waits to be tokenised.
     credit: streamed tokens a client may be behind. heartbeat_s: how often a client pings; one silent for lease_s is
     dropped with all it holds.
     drain_s: how long SIGTERM waits for running operations. receive_s: most time one loop turn spends on receiving.
@@ -32,7 +31,6 @@ class RuntimeConfig:
     max_waiting: int = 16_384
     max_branches: int = 262_144
     max_sessions: int = 1024
-    max_text_bytes: int = 16 << 20
     credit: int = 4096
     heartbeat_s: float = 1.0
     lease_s: float = 15.0

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import chain
-
 
 from bough.runtime.batch import Batch, PageCopy, Row, RowResult
 from bough.runtime.cache.prefix_cache import PrefixCache

@@ -1,0 +1,182 @@
+"""The composition root of the runtime process: arguments -> parts -> serve. Nothing else knows every part."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Spinning at OpenMP barriers makes a 47 us operation take 8 ms whenever another process wants the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from bough.runtime.config import SCHEDULE_POLICIES, RuntimeConfig
+from bough.runtime.endpoint import Endpoint
+from bough.runtime.protocol import RequestError, Welcome
+from bough.runtime.server import Server, parent_watch
+
+log = logging.getLogger("bough.runtime")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `bough serve` and of `python -m bough.runtime`."""
+    defaults = RuntimeConfig()
+    parser = argparse.ArgumentParser(prog="bough serve", description="Serve a model to bough programs.")
+    parser.add_argument("model", help='"pocket", a Hugging Face folder, or a hub id')
+    parser.add_argument("--listen", required=True, metavar="ADDRESS", help="ipc://PATH or tcp://HOST:PORT (with keys)")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: what the checkpoint and this machine do best")
+    parser.add_argument("--device", help="cpu")
+    parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens the KV pool holds")
+    parser.add_argument("--token-budget", type=int, default=defaults.token_budget, metavar="N")
+    parser.add_argument("--max-running", type=int, default=defaults.max_running, metavar="N")
+    parser.add_argument("--schedule-policy", choices=SCHEDULE_POLICIES, default=defaults.schedule_policy)
+    parser.add_argument("--no-radix-cache", action="store_true", help="keep no prefixes between operations")
+    parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
+    parser.add_argument("--curve-secret", type=Path, metavar="FILE", help="this server's secret certificate, for tcp")
+    parser.add_argument("--curve-clients", type=Path, metavar="DIR", help="public certificates that may connect")
+    parser.add_argument("--status-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until stopped; return the exit status."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    report = _reporter(options.status_fd)
+    try:
+        _serve(options, report)
+    except RequestError as error:
+        report(phase="failed", kind=error.kind, message=error.message)
+        if options.status_fd is None:
+            print(f"bough serve: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
+    config = RuntimeConfig(
+        token_budget=options.token_budget,
+        max_running=options.max_running,
+        schedule_policy=options.schedule_policy,
+        radix_cache=not options.no_radix_cache,
+        seed=options.seed,
+        lease_s=options.lease,
+    )
+    is_orphaned = parent_watch(options.parent_pid, _stdin_watch() if options.parent_pid is not None else bool)
+    with Endpoint(options.listen, curve_secret=options.curve_secret, curve_clients=options.curve_clients) as endpoint:
+        server = _build(options, config, endpoint, is_orphaned, report)
+        signal.signal(signal.SIGTERM, server.drain)
+        signal.signal(signal.SIGINT, server.drain)
+        gc.collect()
+        gc.freeze()  # what start-up made lives for ever: keep it out of every later collection
+        report(phase="ready", address=endpoint.address, pid=os.getpid())
+        log.info("serving %s on %s", options.model, endpoint.address)
+        server.run()
+
+
+def _build(
+    options: argparse.Namespace,
+    config: RuntimeConfig,
+    endpoint: Endpoint,
+    is_orphaned: Callable[[], bool],
+    report: Callable[..., None],
+) -> Server:
+    # These import torch: after the arguments are known to be good.
+    from bough.runtime.cache.prefix_cache import PrefixCache
+    from bough.runtime.engine import Engine
+    from bough.runtime.models.weights import resolve_model
+    from bough.runtime.prompter import Prompter
+    from bough.runtime.runner import load_runner
+    from bough.runtime.scheduler import Scheduler
+    from bough.runtime.text.chat import load_chat_template
+    from bough.runtime.text.tokenizer import load_tokenizer
+
+    folder = resolve_model(options.model)
+    runner = load_runner(
+        folder,
+        dtype=options.dtype,
+        device=options.device,
+        page_size=options.page_size,
+        max_total_tokens=options.max_total_tokens,
+        on_progress=lambda done, total: report(phase="loading", done=done, total=total),
+    )
+    prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
+    cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)
+    scheduler = Scheduler(
+        cache, token_budget=config.token_budget, max_running=config.max_running, policy=config.schedule_policy
+    )
+    runner.warm_up()
+    epoch = secrets.randbits(62)
+    seed = config.seed if config.seed is not None else secrets.randbits(62)
+    engine = Engine(config, scheduler, runner, prompter, seed=seed, epoch=epoch, wire_stats=lambda: server.stats())
+
+    def welcome(op: int) -> Welcome:
+        return Welcome(
+            op=op,
+            epoch=epoch,
+            version=version("bough"),
+            model=str(options.model),
+            architecture=runner.architecture,
+            dtype=runner.dtype_name,
+            device=runner.device_name,
+            pid=os.getpid(),
+            vocab_size=runner.vocab_size,
+            context_len=runner.context_len,
+            page_size=runner.page_size,
+            total_pages=runner.num_pages,
+            has_chat_template=prompter.has_chat_template,
+            credit=config.credit,
+            heartbeat_s=config.heartbeat_s,
+            lease_s=config.lease_s,
+        )
+
+    server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned)
+    return server
+
+
+def _reporter(fd: int | None) -> Callable[..., None]:
+    """Return a function that tells the launcher how far the start is: JSON lines on `fd`, closed after the last."""
+
+    def report(**fields: Any) -> None:
+        nonlocal fd
+        if fd is None:
+            return
+        try:
+            os.write(fd, json.dumps(fields).encode() + b"\n")
+            if fields["phase"] != "loading":
+                os.close(fd)
+                fd = None
+        except OSError:  # the launcher is gone, which the parent watch will notice
+            fd = None
+
+    return report
+
+
+def _stdin_watch() -> Callable[[], bool]:
+    """Return a function that tells whether the launcher closed our standard input, as its death does."""
+    closed = threading.Event()
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        closed.set()
+
+    threading.Thread(target=watch, name="bough-stdin", daemon=True).start()
+    return closed.is_set
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""`Branch`: the state of one program branch as the runtime holds it: token ids, text that waits, roles, queued work."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bough.runtime.protocol import ErrorKind
+from bough.runtime.text.tail import TextTail
+from bough.runtime.token_log import TokenLog
+
+if TYPE_CHECKING:
+    from bough.runtime.operation import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The messages begun so far and whether the last one is still open."""
+
+    names: tuple[str, ...] = ()
+    is_open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Poison:
+    """Why nothing that depends on a branch can be carried out: the operation that failed, and how."""
+
+    op: int
+    kind: ErrorKind
+    message: str
+
+
+class Branch:
+    """One branch of a session. Operations run one at a time in the order received; `current` is the one in progress.
+
+    marks: (token length, roles) wherever the roles changed, so that a rollback restores them.
+    path: position in the tree of branches, (root id, child index, child index ...): the key of derived seeds.
+    A branch is unborn while the fork that makes it still waits for its parent.
+    """
+
+    __slots__ = (
+        "children",
+        "current",
+        "id",
+        "is_born",
+        "log",
+        "marks",
+        "num_draws",
+        "num_forked",
+        "parent",
+        "path",
+        "pending",
+        "poison",
+        "roles",
+        "tail",
+    )
+
+    def __init__(self, branch_id: int, path: tuple[int, ...], log: TokenLog, tail: TextTail) -> None:
+        self.id = branch_id
+        self.path = path
+        self.log = log
+        self.tail = tail
+        self.roles = Roles()
+        self.marks: tuple[tuple[int, Roles], ...] = ()
+        self.num_draws = 0
+        self.num_forked = 0
+        self.is_born = True
+        self.poison: Poison | None = None
+        self.current: Operation | None = None
+        self.pending: deque[Operation] = deque()
+        self.parent: Branch | None = None
+        self.children: dict[int, Branch] = {}
+
+    def inherit(self, parent: Branch) -> None:
+        """Take over everything `parent` holds now. O(1) in the length of its text."""
+        self.log = parent.log.fork()
+        self.tail = parent.tail.copy()
+        self.roles = parent.roles
+        self.marks = parent.marks
+        self.poison = parent.poison
+        self.is_born = True
+
+    def set_roles(self, roles: Roles) -> None:
+        self.roles = roles
+        self.marks = (*self.marks, (len(self.log), roles))
+
+    def rollback(self, length: int, tail: TextTail) -> None:
+        """Keep the first `length` tokens, and the roles as they were there; `tail` is the empty tail that follows.
+
+        Heals a branch that failed after that point.
+        """
+        self.log.truncate(length)
+        self.tail = tail
+        self.marks = tuple(mark for mark in self.marks if mark[0] <= length)
+        self.roles = self.marks[-1][1] if self.marks else Roles()
+        self.poison = None
+
+    def descendants(self) -> list[Branch]:
+        """This branch and everything forked from it, parents first."""
+        found = [self]
+        for branch in found:
+            found.extend(branch.children.values())
+        return found
+
+    def detach(self) -> None:
+        """Leave the tree of branches; children move up to the parent."""
+        for child in self.children.values():
+            child.parent = self.parent
+        if self.parent is not None:
+            del self.parent.children[self.id]
+            self.parent.children.update(self.children)
+        self.parent, self.children = None, {}

@@ -1,0 +1,651 @@
+"""`Engine`: carries operations out. Branches and text above, the scheduler below; no sockets, no devices.
+
+A turn is `handle` for each request that arrived, then `step`::
+
+    step = scheduler.plan()            which tokens of which sequences
+    results = runner.execute(batch)    the only slow part
+    outcomes = scheduler.commit(...)   advance, publish
+    settle(outcomes)                   text, stops, terminal replies; what waited on a branch goes on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+from bough.runtime.batch import Batch, RowResult
+from bough.runtime.branch import Branch, Poison, Roles
+from bough.runtime.config import RuntimeConfig
+from bough.runtime.operation import Operation, Progress, failed
+from bough.runtime.prompter import Prompter
+from bough.runtime.protocol import (
+    MAX_CHOICES,
+    MAX_FORK,
+    MAX_ID,
+    MAX_PARTS,
+    Buffer,
+    Cancel,
+    Cancelled,
+    Credit,
+    Drain,
+    Extend,
+    Extended,
+    Flush,
+    Fork,
+    Generate,
+    Ok,
+    Open,
+    Part,
+    Ping,
+    Pong,
+    ProtocolError,
+    Release,
+    Request,
+    RequestError,
+    RoleBegin,
+    RoleEnd,
+    Rollback,
+    Score,
+    Select,
+    Stat,
+    Stats,
+    Text,
+    Tokens,
+    decode_tokens,
+)
+from bough.runtime.scheduler import Outcome, Scheduler
+from bough.runtime.sequence import Sequence, Status
+from bough.runtime.session import Session
+from bough.runtime.token_log import TokenLog
+from bough.runtime.work import Generation, Selection, Work
+
+log = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """What the engine needs of a runner."""
+
+    context_len: int
+    vocab_size: int
+
+    def execute(self, batch: Batch) -> Items[RowResult]:
+        """Compute a step; one result per row."""
+        ...
+
+
+class Engine:
+    """Owns the branches of all sessions and what runs on them. One thread calls it."""
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        scheduler: Scheduler,
+        executor: Executor,
+        prompter: Prompter,
+        *,
+        seed: int,
+        epoch: int,
+        wire_stats: Callable[[], dict[str, int | float | str]] = dict,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.scheduler = scheduler
+        self.epoch = epoch
+        self.is_draining = False
+        self._executor = executor
+        self._prompter = prompter
+        self._seed = seed
+        self._wire_stats = wire_stats
+        self._clock = clock
+        self._work: dict[Sequence, Work] = {}
+        self._timed: dict[Operation, None] = {}
+        self._drains: list[Operation] = []
+        self._num_branches = 0
+        self._num_queued = 0
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def handle(self, session: Session, request: Request, buffers: Items[Buffer]) -> None:
+        """Take a request in. Whatever is wrong with it is answered; nothing is raised."""
+        if isinstance(request, Credit):
+            self._grant(session, request)
+            return
+        timeout_s = getattr(request, "timeout_s", None)
+        operation = Operation(request.op, session, request, buffers, self._clock(), timeout_s)
+        try:
+            _check_ids(request)
+            session.register(operation)
+        except RequestError as error:
+            session.reply(failed(request.op, error))
+            return
+        try:
+            self._dispatch(operation, request)
+        except RequestError as error:
+            operation.fail(error)
+
+    def _dispatch(self, operation: Operation, request: Request) -> None:
+        session = operation.session
+        match request:
+            case Open():
+                self._admit_work()
+                self._open(session, request)
+                operation.end(Ok(op=request.op))
+            case Extend() | Generate() | Select() | Score() | Rollback():
+                if not isinstance(request, Rollback):
+                    self._admit_work()
+                self._enqueue(operation, session.branch(request.branch))
+            case Fork():
+                self._admit_work()
+                self._announce(operation, request)
+            case Release():
+                self._release(operation, request)
+            case Cancel():
+                self._cancel(operation, request)
+            case Stat():
+                operation.end(Stats(op=request.op, values=self.stats()))
+            case Flush():
+                self.scheduler.cache.flush()
+                operation.end(Ok(op=request.op))
+            case Ping():
+                operation.end(self._pong(request.op))
+            case Drain():
+                self.is_draining = True
+                self._drains.append(operation)
+            case _:
+                raise RequestError("protocol", f"{type(request).__name__.lower()} is not expected here")
+
+    def _admit_work(self) -> None:
+        if self.is_draining:
+            raise RequestError("overloaded", "the runtime is draining and takes no new work", retry_after_s=0)
+        if self._num_queued >= self.config.max_waiting:
+            raise RequestError(
+                "overloaded",
+                f"{self._num_queued} operations wait, the limit is {self.config.max_waiting}: try again later",
+                limit=self.config.max_waiting,
+                retry_after_s=1.0,
+            )
+
+    def _open(self, session: Session, request: Open) -> None:
+        self._new_branch(session, request.branch, (request.branch,))
+
+    def _new_branch(self, session: Session, branch_id: int, path: tuple[int, ...]) -> Branch:
+        if branch_id in session.branches:
+            raise RequestError("invalid_request", f"branch {branch_id} is open already", branch=branch_id)
+        if self._num_branches >= self.config.max_branches:
+            raise RequestError(
+                "overloaded", f"{self._num_branches} branches are open, which is the limit", retry_after_s=1.0
+            )
+        branch = Branch(branch_id, path, TokenLog(), self._prompter.tail())
+        session.branches[branch_id] = branch
+        self._num_branches += 1
+        return branch
+
+    def _announce(self, operation: Operation, request: Fork) -> None:
+        """Make a fork's children known at once, so that what is sent for them can queue until they are born."""
+        if not 1 <= len(request.children) <= MAX_FORK:
+            raise RequestError(
+                "invalid_request", f"children must be between 1 and {MAX_FORK} ids, got {len(request.children)}"
+            )
+        session = operation.session
+        parent = session.branch(request.branch)
+        clash = next((c for c in request.children if c in session.branches), None)
+        if clash is not None or len(set(request.children)) != len(request.children):
+            raise RequestError("invalid_request", f"children must be new, distinct ids, got {request.children[:8]}")
+        for child_id in request.children:
+            child = self._new_branch(session, child_id, (*parent.path, parent.num_forked))
+            parent.num_forked += 1
+            child.is_born = False
+            child.parent = parent
+            parent.children[child_id] = child
+        self._enqueue(operation, parent)
+
+    def _enqueue(self, operation: Operation, branch: Branch) -> None:
+        operation.branch = branch
+        if operation.deadline is not None:
+            self._timed[operation] = None
+        branch.pending.append(operation)
+        self._num_queued += 1
+        self._pump(branch)
+
+    # ------------------------------------------------------------------------------------------ branches
+
+    def _pump(self, start: Branch) -> None:
+        """Carry out what is queued on a branch, until something has to run; then on the children that were born."""
+        ready = deque([start])
+        while ready:
+            branch = ready.popleft()
+            while branch.is_born and branch.current is None and branch.pending:
+                operation = branch.pending.popleft()
+                self._num_queued -= 1
+                self._carry_out(operation, branch, ready)
+
+    def _carry_out(self, operation: Operation, branch: Branch, ready: deque[Branch]) -> None:
+        request = operation.request
+        operation.progress = Progress.RUNNING
+        try:
+            if isinstance(request, Fork):
+                self._bear(branch, request, ready)
+            if branch.poison is not None and not isinstance(request, Release | Rollback):
+                poison = branch.poison
+                error = RequestError("dependency_failed", f"depends on a failed operation: {poison.message}")
+                operation.fail(error, cause=poison.op)
+                return
+            self._execute(operation, branch, request)
+        except RequestError as error:
+            self._fail(operation, error)
+
+    def _bear(self, parent: Branch, request: Fork, ready: deque[Branch]) -> None:
+        for child_id in request.children:
+            child = parent.children.get(child_id)
+            if child is not None:  # not released before it was born
+                child.inherit(parent)
+                ready.append(child)
+
+    def _execute(self, operation: Operation, branch: Branch, request: Request) -> None:
+        match request:
+            case Extend():
+                rendered = self._extend(branch, request, operation.buffers)
+                operation.end(Extended(op=request.op, length=len(branch.log), rendered=rendered))
+            case Fork():
+                operation.end(Ok(op=request.op))
+            case Rollback():
+                self._rollback(branch, request)
+                operation.end(Extended(op=request.op, length=len(branch.log)))
+            case Generate():
+                self._start(operation, branch, self._generation(operation, branch, request))
+            case Select() | Score():
+                self._start(operation, branch, self._selection(operation, branch, request))
+            case Release():
+                self._forget(operation.session, branch)
+            case _:
+                raise AssertionError(f"{type(request).__name__} does not run on a branch")
+
+    def _extend(self, branch: Branch, request: Extend, buffers: Items[Buffer]) -> list[str]:
+        if len(request.parts) > MAX_PARTS:
+            raise RequestError("invalid_request", f"parts must be at most {MAX_PARTS}, got {len(request.parts)}")
+        rendered: list[str] = []
+        for part in request.parts:
+            text = self._append(branch, part, buffers)
+            if text is not None:
+                rendered.append(text)
+        branch.log.extend(branch.tail.flush() if request.commit else branch.tail.take_stable())
+        self._check_length(branch)
+        return rendered
+
+    def _append(self, branch: Branch, part: Part, buffers: Items[Buffer]) -> str | None:
+        """Append one part; for a role, return the text that the chat template writes."""
+        match part:
+            case Text(text):
+                self._prompter.append_text(branch.log, branch.tail, text)
+                return None
+            case Tokens(buffer):
+                token_ids = decode_tokens(buffers, buffer)
+                self._check_vocabulary(token_ids)
+                branch.log.extend(branch.tail.flush())
+                branch.log.extend(token_ids)
+                branch.tail.follow_tokens()
+                return None
+            case RoleBegin(role):
+                if branch.roles.is_open:
+                    raise RequestError(
+                        "invalid_request", f"role {role!r} cannot begin inside role {branch.roles.names[-1]!r}"
+                    )
+                text = self._prompter.begin(branch.roles.names, role)
+                roles = Roles((*branch.roles.names, role), is_open=True)
+            case RoleEnd():
+                if not branch.roles.is_open:
+                    raise RequestError("invalid_request", "a role cannot end, none is open")
+                text = self._prompter.end(branch.roles.names)
+                roles = Roles(branch.roles.names)
+        branch.tail.append(text, special=True)
+        branch.log.extend(branch.tail.take_stable())
+        branch.set_roles(roles)
+        return text
+
+    def _check_vocabulary(self, token_ids: Items[int]) -> None:
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._executor.vocab_size):
+            worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+            raise RequestError(
+                "invalid_request", f"token ids must be between 0 and {self._executor.vocab_size - 1}, got {worst}"
+            )
+
+    def _check_length(self, branch: Branch, more: int = 0) -> None:
+        length, limit = len(branch.log) + more, self._executor.context_len
+        if length > limit:
+            raise RequestError(
+                "context_overflow",
+                f"the branch has {length} tokens, the model's context holds {limit}",
+                num_tokens=length,
+                context_len=limit,
+            )
+
+    def _rollback(self, branch: Branch, request: Rollback) -> None:
+        if not 0 <= request.length <= len(branch.log):
+            raise RequestError(
+                "invalid_request", f"length must be between 0 and {len(branch.log)}, got {request.length}"
+            )
+        branch.rollback(request.length, self._prompter.tail(at_start=request.length == 0))
+
+    def _release(self, operation: Operation, request: Release) -> None:
+        """Queue the end of each branch behind what was sent for it; answered at once, for it cannot fail."""
+        session = operation.session
+        for branch_id in request.branches:
+            branch = session.branches.get(branch_id)
+            if branch is not None:
+                ending = Operation(operation.id, session, Release(op=operation.id, branches=[branch_id]), (), 0.0)
+                self._enqueue(ending, branch)
+        operation.end(Ok(op=request.op))
+
+    def _forget(self, session: Session, branch: Branch) -> None:
+        del session.branches[branch.id]
+        branch.detach()
+        self._num_branches -= 1
+        for operation in branch.pending:
+            self._num_queued -= 1
+            if not isinstance(operation.request, Release):
+                operation.fail(RequestError("invalid_request", f"branch {branch.id} was released before"))
+        branch.pending.clear()
+
+    # ------------------------------------------------------------------------------------------ work
+
+    def _generation(self, operation: Operation, branch: Branch, request: Generate) -> Generation:
+        params = request.params
+        params.check()
+        self._check_vocabulary([*params.stop_token_ids, *params.logit_bias])
+        branch.log.extend(branch.tail.flush())
+        tokens = branch.log.array()
+        if not len(tokens):
+            raise RequestError("invalid_request", "generate needs at least one token of text before it")
+        self._check_length(branch, more=1)
+        branch.num_draws += 1
+        seed = params.seed if params.seed is not None else self._derive_seed(branch)
+        sequence = Sequence(
+            tokens,
+            namespace=operation.session.namespace,
+            params=params,
+            seed=seed,
+            forbidden_early=(*self._prompter.tokenizer.eos_ids, *params.stop_token_ids) if params.min_tokens else (),
+        )
+        generation = Generation(operation, request, sequence, self._prompter.tokenizer, self._executor.context_len)
+        generation.credit = self.config.credit
+        return generation
+
+    def _derive_seed(self, branch: Branch) -> int:
+        """A seed for the next draw of a branch, the same whenever the same program runs with the same runtime seed."""
+        key = ",".join(map(str, (self._seed, *branch.path, branch.num_draws)))
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") & MAX_ID
+
+    def _selection(self, operation: Operation, branch: Branch, request: Select | Score) -> Selection:
+        choices = request.choices
+        if not 1 <= len(choices) <= MAX_CHOICES:
+            raise RequestError("invalid_request", f"choices must be between 1 and {MAX_CHOICES}, got {len(choices)}")
+        if any(not choice for choice in choices):
+            raise RequestError("invalid_request", "choices must not be empty strings")
+        if len(set(choices)) != len(choices):
+            raise RequestError("invalid_request", "choices must be distinct")
+        branch.log.extend(branch.tail.take_stable())
+        choice_ids, skip = self._prompter.continuations(branch.tail, choices)
+        context = branch.log.array()
+        if not len(context) + skip:
+            raise RequestError("invalid_request", "select needs at least one token of text before it")
+        self._check_length(branch, more=max(map(len, choice_ids)))
+        namespace = operation.session.namespace
+        return Selection(operation, request.method, context, choice_ids, skip, namespace, self._prompter.tokenizer)
+
+    def _start(self, operation: Operation, branch: Branch, work: Work) -> None:
+        operation.work = work
+        branch.current = operation
+        for sequence in work.sequences:
+            self._work[sequence] = work
+            self.scheduler.submit(sequence)
+
+    def step(self) -> bool:
+        """Run one step if there is work; True if something ran."""
+        self._expire()
+        step = self.scheduler.plan()
+        for sequence in self.scheduler.take_exhausted():
+            self._fail(self._work[sequence].operation, self._exhausted(sequence))
+        if step is None:
+            return False
+        try:
+            results = self._executor.execute(step.batch)
+        except Exception as error:
+            log.exception("a step failed; its operations fail with it")
+            self._fail_step(step.sequences, error)
+            return True
+        for outcome in self.scheduler.commit(step, results):
+            self._settle(outcome)
+        return True
+
+    def _fail_step(self, sequences: Items[Sequence], error: Exception) -> None:
+        """End every operation of a step that raised: their KV is not to be trusted, so none of it is published."""
+        for sequence in sequences:
+            work = self._work.get(sequence)
+            if work is not None:
+                message = f"the step failed: {type(error).__name__}: {error}"
+                self._fail(work.operation, RequestError("internal", message))
+
+    def _exhausted(self, sequence: Sequence) -> RequestError:
+        pool = self.scheduler.cache.num_pages * self.scheduler.cache.page_size
+        return RequestError(
+            "resource_exhausted",
+            f"{len(sequence.tokens)} tokens fill the KV pool of {pool} tokens: raise max_total_tokens",
+            num_tokens=len(sequence.tokens),
+            pool_tokens=pool,
+        )
+
+    def _settle(self, outcome: Outcome) -> None:
+        work = self._work.get(outcome.sequence)
+        if work is None:
+            return  # another choice of the same select failed in this step
+        now = self._clock()
+        if isinstance(work, Generation):
+            is_done = work.take(outcome.result, now)
+            if work.is_streaming:
+                self._send_delta(work)
+            if is_done:
+                self._retire(work)
+                self._complete_generation(work, now)
+        elif work.take_scores(outcome.sequence, outcome.result, now):
+            del self._work[outcome.sequence]
+            self.scheduler.finish(outcome.sequence)
+            if not any(sequence in self._work for sequence in work.sequences):
+                self._complete_selection(work, now)
+
+    def _send_delta(self, work: Generation) -> None:
+        delta = work.delta()
+        if delta is not None:
+            work.operation.session.reply(*delta)
+        if work.credit <= 0 and work.finish_reason is None:
+            self.scheduler.pause(work.sequences[0])
+
+    def _grant(self, session: Session, request: Credit) -> None:
+        operation = session.operations.get(request.target)
+        if operation is not None and isinstance(operation.work, Generation) and request.tokens > 0:
+            operation.work.credit = min(operation.work.credit + request.tokens, self.config.credit)
+            self.scheduler.resume(operation.work.sequences[0])
+
+    def _complete_generation(self, work: Generation, now: float) -> None:
+        branch = work.operation.branch
+        assert branch is not None
+        branch.log.extend(work.kept_ids())
+        branch.tail.follow_tokens()
+        branch.tail.append(work.leftover)
+        reply, buffers = work.reply(len(branch.log), now)
+        self._end(work.operation, branch, lambda: work.operation.end(reply, buffers))
+
+    def _complete_selection(self, work: Selection, now: float) -> None:
+        branch = work.operation.branch
+        assert branch is not None
+        index = work.decide()
+        if isinstance(work.operation.request, Select):
+            branch.log.extend(work.choices[index])
+            branch.tail = self._prompter.tail(at_start=False)
+        reply = work.reply(len(branch.log), now)
+        self._end(work.operation, branch, lambda: work.operation.end(reply))
+
+    def _end(self, operation: Operation, branch: Branch, send: Callable[[], None]) -> None:
+        self._timed.pop(operation, None)
+        branch.current = None
+        send()
+        self._pump(branch)
+
+    def _retire(self, work: Work) -> None:
+        """Take the work's sequences from the scheduler."""
+        for sequence in work.sequences:
+            if self._work.pop(sequence, None) is not None and sequence.status is not Status.FINISHED:
+                self.scheduler.finish(sequence)
+
+    def _fail(self, operation: Operation, error: RequestError) -> None:
+        """End an operation with an error and poison its branch; what waits on the branch fails in turn."""
+        if operation.progress is Progress.ENDED:
+            return
+        if operation.work is not None:
+            self._retire(operation.work)
+            if isinstance(operation.work, Generation):  # what was drawn so far is not lost with the operation
+                error = RequestError(error.kind, error.message, **error.details, partial_text=operation.work.text)
+        self._timed.pop(operation, None)
+        branch = operation.branch
+        operation.fail(error)
+        if branch is None:
+            return
+        if branch.poison is None:
+            branch.poison = Poison(operation.id, error.kind, error.message)
+        if branch.current is operation:
+            branch.current = None
+            self._pump(branch)
+
+    # ------------------------------------------------------------------------------------------ ends
+
+    def _cancel(self, operation: Operation, request: Cancel) -> None:
+        session = operation.session
+        if (request.target is None) == (request.branch is None):
+            raise RequestError("invalid_request", "cancel takes either target or branch")
+        if request.target is not None:
+            target = session.operations.get(request.target)
+            doomed = [target] if target is not None and target.branch is not None else []
+        else:
+            assert request.branch is not None
+            start = session.branches.get(request.branch)
+            doomed = [op for branch in (start.descendants() if start else ()) for op in self._unfinished(branch)]
+        count = self.cancel_operations(doomed, RequestError("cancelled", "the operation was cancelled"))
+        operation.end(Cancelled(op=request.op, count=count))
+
+    def _unfinished(self, branch: Branch) -> list[Operation]:
+        running = [branch.current] if branch.current is not None else []
+        return [*running, *(op for op in branch.pending if not isinstance(op.request, Release))]
+
+    def cancel_operations(self, doomed: Items[Operation], error: RequestError) -> int:
+        """End the given operations with `error`; return how many were still unfinished."""
+        count = 0
+        for operation in doomed:
+            if operation.progress is Progress.ENDED:
+                continue  # ended as a consequence of an earlier one
+            count += 1
+            branch = operation.branch
+            assert branch is not None
+            if operation.progress is Progress.QUEUED:
+                branch.pending.remove(operation)
+                self._num_queued -= 1
+            if isinstance(operation.request, Fork):
+                self._bear_poisoned(operation, operation.request, error)
+            self._fail(operation, error)
+        return count
+
+    def _bear_poisoned(self, operation: Operation, request: Fork, error: RequestError) -> None:
+        """The children of a fork that will not happen are born failed, so that what waits for them ends."""
+        assert operation.branch is not None
+        for child_id in request.children:
+            child = operation.branch.children.get(child_id)
+            if child is not None and not child.is_born:
+                child.is_born = True
+                child.poison = Poison(operation.id, error.kind, error.message)
+                self._pump(child)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        late = [op for op in self._timed if op.deadline is not None and op.deadline <= now]
+        for operation in late:
+            waited = f"{now - operation.arrived_at:.3f}"
+            self.cancel_operations([operation], RequestError("timeout", f"not finished after {waited} s"))
+
+    def close(self, session: Session) -> None:
+        """Forget a client: cancel what runs, release what it holds."""
+        gone = RequestError("cancelled", "the client is gone")
+        for branch in list(session.branches.values()):
+            self.cancel_operations(self._unfinished(branch), gone)
+        for branch in list(session.branches.values()):
+            self._forget(session, branch)
+        self._drains = [operation for operation in self._drains if operation.session is not session]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something now."""
+        return self.scheduler.has_work
+
+    @property
+    def num_unfinished(self) -> int:
+        """Operations that run or wait."""
+        return self._num_queued + len(self._work)
+
+    def next_deadline(self) -> float | None:
+        """The earliest time, on the engine's clock, at which an operation times out."""
+        return min((op.deadline for op in self._timed if op.deadline is not None), default=None)
+
+    def end_drains(self) -> None:
+        """Answer who asked for a drain, once nothing is unfinished."""
+        for operation in self._drains:
+            operation.end(Ok(op=operation.id))
+        self._drains = []
+
+    # ------------------------------------------------------------------------------------------ figures
+
+    def stats(self) -> dict[str, int | float | str]:
+        """Counters since start and gauges of now, flat."""
+        counters, cache = self.scheduler.counters, self.scheduler.cache
+        return {
+            "prompt_tokens": counters.prompt_tokens,
+            "cached_tokens": counters.cached_tokens,
+            "computed_tokens": counters.computed_tokens,
+            "recomputed_tokens": counters.recomputed_tokens,
+            "generated_tokens": counters.generated_tokens,
+            "steps": counters.steps,
+            "evictions": cache.num_evictions,
+            "preemptions": counters.preemptions,
+            "total_pages": cache.num_pages,
+            "free_pages": cache.allocator.num_free,
+            "cached_pages": cache.tree.num_cached_pages(),
+            "page_size": cache.page_size,
+            "num_nodes": cache.tree.num_nodes,
+            "num_branches": self._num_branches,
+            "num_running": len(self.scheduler.running),
+            "num_waiting": self.scheduler.num_waiting,
+            "num_queued": self._num_queued,
+            **self._wire_stats(),
+        }
+
+    def _pong(self, op: int) -> Pong:
+        return Pong(
+            op=op,
+            epoch=self.epoch,
+            steps=self.scheduler.counters.steps,
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.num_waiting,
+            phase="draining" if self.is_draining else "serving",
+        )
+
+
+def _check_ids(request: Request) -> None:
+    """Raise ProtocolError unless the ids a client chose are in range."""
+    fields = {name: getattr(request, name, None) for name in ("op", "branch", "target")}
+    for name, value in fields.items():
+        if value is not None and not 0 <= value <= MAX_ID:
+            raise ProtocolError(f"{name} must be between 0 and {MAX_ID}, got {value}")
+    for child in request.children if isinstance(request, Fork) else ():
+        if not 0 <= child <= MAX_ID:
+            raise ProtocolError(f"children must be between 0 and {MAX_ID}, got {child}")

@@ -1,0 +1,67 @@
+"""`Operation`: a request in progress, from arrival to its one terminal reply."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bough.runtime.protocol import Buffer, Failed, Reply, Request, RequestError
+
+if TYPE_CHECKING:
+    from bough.runtime.branch import Branch
+    from bough.runtime.session import Session
+    from bough.runtime.work import Work
+
+
+class Progress(enum.Enum):
+    """Where an operation is. Legal: QUEUED -> RUNNING -> ENDED, QUEUED -> ENDED; ENDED is final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Operation:
+    """A request with its session, its branch, and the work it became once it runs."""
+
+    __slots__ = ("arrived_at", "branch", "buffers", "deadline", "id", "progress", "request", "session", "work")
+
+    def __init__(
+        self,
+        op: int,
+        session: Session,
+        request: Request,
+        buffers: Sequence[Buffer],
+        arrived_at: float,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.id = op
+        self.session = session
+        self.request = request
+        self.buffers = buffers
+        self.arrived_at = arrived_at
+        self.deadline = None if timeout_s is None else arrived_at + timeout_s
+        self.progress = Progress.QUEUED
+        self.branch: Branch | None = None
+        self.work: Work | None = None
+
+    def end(self, reply: Reply, buffers: Sequence[Buffer] = ()) -> None:
+        """Send the terminal reply. The only place where an operation ends; a second end is our bug."""
+        assert self.progress is not Progress.ENDED, f"operation {self.id} ended twice"
+        self.progress = Progress.ENDED
+        self.session.forget(self)
+        self.session.reply(reply, buffers)
+
+    def fail(self, error: RequestError, cause: int | None = None) -> None:
+        """End with an error."""
+        self.end(failed(self.id, error, cause))
+
+
+def failed(op: int | None, error: RequestError, cause: int | None = None) -> Failed:
+    """Return the reply that carries an error."""
+    details = {
+        key: value if isinstance(value, (int, float, str, bool)) or value is None else repr(value)
+        for key, value in error.details.items()
+    }
+    return Failed(op=op, kind=error.kind, message=error.message, details=details, cause=cause)

@@ -1,0 +1,192 @@
+"""`Runner`: owns the device, the model and the KV pool; executes a batch.
+
+The runner knows nothing of sequences: it receives plain arrays and returns plain values, rows in the order given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bough.runtime import sampler
+from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
+from bough.runtime.cache.kv_pool import KVPool
+from bough.runtime.inputs import StepInputs, build_inputs
+from bough.runtime.models.config import ModelConfig
+from bough.runtime.models.llama import Llama
+from bough.runtime.models.weights import OnProgress, Weights
+from bough.runtime.protocol import RequestError, SamplingParams
+
+log = logging.getLogger(__name__)
+
+_SCORE_ROWS = 128  # logits are made for this many scored tokens at a time: 128 rows of 128k words are 64 MB
+_MOST_TOKENS = 131_072
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+
+
+class Runner:
+    """Executes batches on one device.
+
+    config: the model's. num_pages, page_size: of the pool. vocab_size, context_len: the model's limits. dtype, device:
+    names, such as "bfloat16" and "cpu".
+    """
+
+    def __init__(self, model: Llama, pool: KVPool, dtype: torch.dtype, device: torch.device) -> None:
+        self.config: ModelConfig = model.config
+        self.num_pages = pool.num_pages
+        self.page_size = pool.page_size
+        self.vocab_size = model.config.vocab_size
+        self.context_len = model.config.context_len
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.device = device.type
+        self._model = model
+        self._pool = pool
+        self._torch_device = device
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> list[RowResult]:
+        """Carry out the copies, compute all rows in one forward pass, sample and score.
+
+        Returns one result per row, in order. Raises FloatingPointError if a row's logits are not finite.
+        """
+        self._pool.copy_pages(batch.copies)
+        if not batch.rows:
+            return []
+        inputs = build_inputs(
+            batch, self.page_size, self.config.num_heads, self.config.num_kv_heads, self._torch_device
+        )
+        hidden = self._model.forward(inputs, self._pool)
+        draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
+        scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)
+        return [_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
+
+    def warm_up(self) -> None:
+        """Run a small prefill and a decode step, so that the first request does not pay for first calls.
+
+        Writes the slots of the first page; call it before any page is in use.
+        """
+        count = min(self.page_size, self.context_len)
+        tokens, page, none = np.zeros(count, dtype=np.int32), np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.int32)
+        prefill = SampleRequest(SamplingParams(), 0, count, generated=none, prompt=none, forbidden=())
+        decode = SampleRequest(SamplingParams(), 0, count, generated=tokens[:1], prompt=none, forbidden=())
+        self.execute(Batch((Row(tokens, 0, page, prefill),)))
+        self.execute(Batch((Row(tokens[:1], count - 1, page, decode),)))
+
+    def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, sampler.Draw]:
+        requests = [request for row in batch.rows if (request := row.sample) is not None]
+        if not requests:
+            return {}
+        return dict(zip(inputs.sample_rows, sampler.sample(self._model.logits(hidden), requests), strict=True))
+
+    def _score(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, npt.NDArray[np.float64]]:
+        ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
+        if not ids:
+            return {}
+        joined = np.concatenate(ids)
+        parts = [
+            sampler.score(self._model.logits(hidden[at : at + _SCORE_ROWS]), joined[at : at + _SCORE_ROWS])
+            for at in range(0, len(joined), _SCORE_ROWS)
+        ]
+        ends = np.cumsum([len(part) for part in ids])
+        return dict(zip(inputs.score_rows, np.split(np.concatenate(parts), ends[:-1]), strict=True))
+
+
+def _result(row: Row, draw: sampler.Draw | None, scores: npt.NDArray[np.float64] | None) -> RowResult:
+    if scores is None and row.score_ids is not None:
+        scores = np.zeros(0)
+    if draw is None:
+        return RowResult(score_logprobs=scores)
+    return RowResult(draw.token, draw.logprob, draw.top, scores)
+
+
+def load_runner(
+    folder: Path,
+    dtype: str | None = None,
+    device: str | None = None,
+    page_size: int = 16,
+    num_pages: int | None = None,
+    max_total_tokens: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Runner:
+    """Load a checkpoint's folder and return a runner that is warm.
+
+    dtype: "float32" ("fp32"), "bfloat16" ("bf16"), or None: bfloat16 where the checkpoint is 16-bit and this CPU
+    multiplies bfloat16, else float32. device: "cpu" or None. num_pages: of the pool; None takes
+    ceil(max_total_tokens / page_size). max_total_tokens None: a quarter of the memory available now, but at most
+    64 * context_len and 131,072 tokens, and at least one whole context. One token takes
+    2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. on_progress(done_bytes, total_bytes) is called
+    while weights load.
+
+    Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument.
+    """
+    config = ModelConfig.from_folder(folder)
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, config)
+    if num_pages is None:
+        num_pages = -(-_total_tokens(max_total_tokens, config, torch_dtype) // page_size)
+    begin = time.perf_counter()
+    with torch.inference_mode(), Weights(folder, config, torch_dtype, on_progress) as weights:
+        model = Llama(config, weights)
+    pool = KVPool(
+        config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, torch_dtype, torch_device
+    )
+    runner = Runner(model, pool, torch_dtype, torch_device)
+    runner.warm_up()
+    log.info(
+        "loaded %s (%s, %s) in %.1f s; %d pages of %d tokens, %.0f MB when all are used",
+        *(folder, config.architecture, runner.dtype, time.perf_counter() - begin, num_pages, page_size),
+        num_pages * pool.bytes_per_page / 1e6,
+    )
+    return runner
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None or name == "cpu":
+        return torch.device("cpu")
+    reason = "the CUDA path is not built yet" if name.startswith("cuda") else "it is not known"
+    raise RequestError("invalid_request", f"device must be 'cpu', got {name!r}: {reason}", field="device", value=name)
+
+
+def _dtype(name: str | None, config: ModelConfig) -> torch.dtype:
+    if name is None:
+        name = "bfloat16" if config.dtype in ("float16", "bfloat16") and _multiplies_bfloat16() else "float32"
+    if name not in _DTYPES:
+        raise RequestError(
+            "invalid_request", f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}", field="dtype", value=name
+        )
+    return torch.float32 if _DTYPES[name] == "float32" else torch.bfloat16
+
+
+def _multiplies_bfloat16() -> bool:
+    """Tell whether this CPU has bfloat16 products; without them bfloat16 is emulated and slower than float32."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
+
+
+def _total_tokens(asked: int | None, config: ModelConfig, dtype: torch.dtype) -> int:
+    if asked is not None:
+        if asked < 1:
+            raise RequestError(
+                "invalid_request", f"max_total_tokens must be at least 1, got {asked}", field="max_total_tokens"
+            )
+        return asked
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    most = min(_available_bytes() // 4 // token_bytes, 64 * config.context_len, _MOST_TOKENS)
+    return max(most, config.context_len)
+
+
+def _available_bytes() -> int:
+    """Return the memory that can be had without swapping: Linux's own estimate, else the free pages."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
