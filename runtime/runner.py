@@ -34,7 +34,7 @@ class Runner:
     """Executes batches on one device.
 
     config: the model's. num_pages, page_size: of the pool. vocab_size, context_len: the model's limits. dtype, device:
-    names, such as "bfloat16" and "cpu".
+    names, such as "bfloat16" and "cpu". model, pool: the parts, for tests and tools; only `execute` writes the pool.
     """
 
     def __init__(self, model: Llama, pool: KVPool, dtype: torch.dtype, device: torch.device) -> None:
@@ -45,8 +45,8 @@ class Runner:
         self.context_len = model.config.context_len
         self.dtype = str(dtype).removeprefix("torch.")
         self.device = device.type
-        self._model = model
-        self._pool = pool
+        self.model = model
+        self.pool = pool
         self._torch_device = device
 
     @torch.inference_mode()
@@ -55,13 +55,13 @@ class Runner:
 
         Returns one result per row, in order. Raises FloatingPointError if a row's logits are not finite.
         """
-        self._pool.copy_pages(batch.copies)
+        self.pool.copy_pages(batch.copies)
         if not batch.rows:
             return []
         inputs = build_inputs(
             batch, self.page_size, self.config.num_heads, self.config.num_kv_heads, self._torch_device
         )
-        hidden = self._model.forward(inputs, self._pool)
+        hidden = self.model.forward(inputs, self.pool)
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
         scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)
         return [_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
@@ -82,7 +82,7 @@ class Runner:
         requests = [request for row in batch.rows if (request := row.sample) is not None]
         if not requests:
             return {}
-        return dict(zip(inputs.sample_rows, sampler.sample(self._model.logits(hidden), requests), strict=True))
+        return dict(zip(inputs.sample_rows, sampler.sample(self.model.logits(hidden), requests), strict=True))
 
     def _score(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, npt.NDArray[np.float64]]:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
@@ -90,7 +90,7 @@ class Runner:
             return {}
         joined = np.concatenate(ids)
         parts = [
-            sampler.score(self._model.logits(hidden[at : at + _SCORE_ROWS]), joined[at : at + _SCORE_ROWS])
+            sampler.score(self.model.logits(hidden[at : at + _SCORE_ROWS]), joined[at : at + _SCORE_ROWS])
             for at in range(0, len(joined), _SCORE_ROWS)
         ]
         ends = np.cumsum([len(part) for part in ids])

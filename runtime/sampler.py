@@ -143,7 +143,7 @@ def _filter(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     ranked_rows = [i for i, p in enumerate(params) if p.top_p < 1 or p.top_k != -1]
     if not ranked_rows:
         return kept
-    ranked, ids = probs[ranked_rows].sort(-1, descending=True, stable=True)
+    ranked, ids = probs[ranked_rows].sort(stable=True, dim=-1, descending=True)
     before = ranked.cumsum(-1, dtype=torch.float64) - ranked
     vocab_size = probs.shape[1]
     counts = [params[i].top_k if params[i].top_k != -1 else vocab_size for i in ranked_rows]

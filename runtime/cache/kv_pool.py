@@ -1,0 +1,61 @@
+"""`KVPool`: the tensors that hold K and V of every page, in every layer. Only the runner writes them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from bough.runtime.batch import PageCopy
+
+
+class KVPool:
+    """K and V of `num_pages` pages of `page_size` slots.
+
+    k[layer], v[layer]: (num_pages, page_size, num_kv_heads, head_dim), contiguous. The memory is not touched before it
+    is written, so an unused page costs no RAM; what an unwritten slot holds is undefined, NaN included, and attention
+    never reads it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        shape = (num_pages, page_size, num_kv_heads, head_dim)
+        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page's K and V over all layers."""
+        return sum(tensor[0].nbytes for tensor in (*self.k, *self.v)) if self.num_pages else 0
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Carry out all copies as if at once: every source is read before any target is written."""
+        by_length: defaultdict[int, list[PageCopy]] = defaultdict(list)
+        for copy in copies:
+            by_length[copy.num_slots].append(copy)
+        groups = [
+            (torch.tensor([c.source for c in group]), torch.tensor([c.target for c in group]), num_slots)
+            for num_slots, group in by_length.items()
+            if num_slots
+        ]
+        for tensor in (*self.k, *self.v) if groups else ():
+            read = [tensor[sources, :num_slots] for sources, _, num_slots in groups]
+            for (_, targets, num_slots), slots in zip(groups, read, strict=True):
+                tensor[targets, :num_slots] = slots
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """Fill pages with NaN: a test's way to show that nothing reads what it does not own."""
+        index = torch.tensor(pages, dtype=torch.int64)
+        for tensor in (*self.k, *self.v):
+            tensor.index_fill_(0, index, float("nan"))
