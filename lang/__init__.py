@@ -1,1 +1,143 @@
-"""bough: a language for LLM programs, and the runtime made for it."""
+"""bough: a language for LLM programs, and the runtime that was built for it.
+
+::
+
+    import bough as bo
+
+    @bo.function
+    def answer(s, question):
+        s += bo.user(question)
+        s += bo.assistant(bo.gen("answer", max_tokens=64))
+
+    with bo.Runtime() as rt:
+        print(answer.run("What is 17 + 25?", backend=rt)["answer"])
+
+The map of this folder: a *program* (program.py, batch.py) runs with a *state* (state.py; group.py, scopes.py, tree.py,
+streaming.py are its parts) and appends *expressions* (expressions.py, sampling.py). The state's *interpreter*
+(interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py): the runtime
+reached over ZeroMQ (client.py, link.py; launch.py starts one) or a script (scripted.py). errors.py is the tree of what
+can go wrong.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bough import errors
+from bough.backend import Backend, Generation, chosen, set_default_backend
+from bough.errors import (
+    BackendError,
+    BoughError,
+    Cancelled,
+    ContextOverflow,
+    InvalidRequest,
+    Overloaded,
+    ProgramError,
+    ProtocolMismatch,
+    ResourceExhausted,
+    RuntimeLost,
+    Timeout,
+    UnknownVariable,
+    UnsupportedModel,
+)
+from bough.expressions import (
+    Expression,
+    assistant,
+    assistant_begin,
+    assistant_end,
+    gen,
+    greedy_token_selection,
+    role,
+    role_begin,
+    role_end,
+    select,
+    system,
+    system_begin,
+    system_end,
+    token_length_normalized,
+    unconditional_likelihood_normalized,
+    user,
+    user_begin,
+    user_end,
+)
+from bough.group import Group
+from bough.program import Program, function
+from bough.scripted import ScriptedBackend
+from bough.state import State
+
+if TYPE_CHECKING:
+    from bough.client import RuntimeClient
+    from bough.launch import Runtime
+
+__version__ = "0.1.0"
+
+
+def flush_cache(backend: Backend | None = None) -> None:
+    """Drop every cached prefix that is not in use, on the given or the default backend."""
+    chosen(backend).flush_cache()
+
+
+def get_server_info(backend: Backend | None = None) -> dict[str, object]:
+    """Return what the given or the default backend runs: model, device, limits."""
+    return chosen(backend).server_info()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs ZeroMQ only when it is used: a third of the time that `import bough` may take."""
+    if name == "RuntimeClient":
+        from bough.client import RuntimeClient
+
+        return RuntimeClient
+    if name == "Runtime":
+        from bough.launch import Runtime
+
+        return Runtime
+    raise AttributeError(f"module 'bough' has no attribute {name!r}")
+
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BoughError",
+    "Cancelled",
+    "ContextOverflow",
+    "Expression",
+    "Generation",
+    "Group",
+    "InvalidRequest",
+    "Overloaded",
+    "Program",
+    "ProgramError",
+    "ProtocolMismatch",
+    "ResourceExhausted",
+    "Runtime",
+    "RuntimeClient",
+    "RuntimeLost",
+    "ScriptedBackend",
+    "State",
+    "Timeout",
+    "UnknownVariable",
+    "UnsupportedModel",
+    "assistant",
+    "assistant_begin",
+    "assistant_end",
+    "errors",
+    "flush_cache",
+    "function",
+    "gen",
+    "get_server_info",
+    "greedy_token_selection",
+    "role",
+    "role_begin",
+    "role_end",
+    "select",
+    "set_default_backend",
+    "system",
+    "system_begin",
+    "system_end",
+    "token_length_normalized",
+    "unconditional_likelihood_normalized",
+    "user",
+    "user_begin",
+    "user_end",
+]

@@ -1,0 +1,155 @@
+"""Every exception that a user of bough can see.
+
+::
+
+    BoughError
+    ├── InvalidRequest (ValueError)     the program asked for something that cannot be; raised at once where it can
+    │   └── UnknownVariable (KeyError)  a variable that was never assigned
+    ├── UnsupportedModel                the model folder is broken, unknown, or lacks what was asked of it
+    ├── ContextOverflow                 the text is longer than the model's context; `details` holds both numbers
+    ├── ResourceExhausted               the runtime has no memory left for this branch, and nothing to evict
+    ├── Overloaded                      too much is waiting already; try again later
+    ├── Timeout (TimeoutError)          the operation's own deadline passed
+    ├── Cancelled                       the operation, its branch or an ancestor was cancelled
+    ├── RuntimeLost                     the runtime died, went silent or was shut down; nothing of it is valid any more
+    ├── BackendError                    the backend failed in a way that has no name of its own
+    │   └── ProtocolMismatch            the peer speaks another version of the protocol
+    └── ProgramError                    the program's own code raised; the exception is the `__cause__`
+
+A failure of the runtime is raised where the variable is read, not where the `gen` was written::
+
+    try:
+        print(state["answer"])
+    except bo.ContextOverflow as error:
+        print(error.details)
+    except bo.BoughError as error:
+        print("no answer:", error)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from bough.runtime.protocol import Failed, RequestError
+
+
+class BoughError(Exception):
+    """The root of bough's errors. `message` is a sentence; `details` has its numbers, for programs that act on them."""
+
+    def __init__(self, message: str, **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details: dict[str, object] = details
+
+    def __str__(self) -> str:  # KeyError would show its repr
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.details)
+
+    def again(self) -> BoughError:
+        """Return an equal error to raise: one failure is raised at many reads, and a traceback belongs to one raise."""
+        fresh = _rebuild(type(self), self.message, self.details)
+        fresh.__cause__ = self.__cause__
+        return fresh
+
+    def for_dependant(self) -> BoughError:
+        """Return the error of an operation that could not run because of this one: equal to it, and chained to it."""
+        fresh = _rebuild(type(self), self.message, self.details)
+        fresh.__cause__ = self
+        return fresh
+
+
+def _rebuild(kind: type[BoughError], message: str, details: Mapping[str, object]) -> BoughError:
+    error = kind(message)
+    error.details = dict(details)
+    return error
+
+
+class InvalidRequest(BoughError, ValueError):
+    """A parameter, an expression or a call that cannot be carried out; the message names field, limit and value."""
+
+
+class UnknownVariable(InvalidRequest, KeyError):
+    """A variable was read that no `gen`, `select` or `set_var` ever assigned."""
+
+
+class UnsupportedModel(BoughError):
+    """The model cannot be loaded, or cannot do what was asked (no chat template, no such role)."""
+
+
+class ContextOverflow(BoughError):
+    """The text and what was to be generated do not fit the model's context."""
+
+
+class ResourceExhausted(BoughError):
+    """The KV cache is full of branches in use."""
+
+
+class Overloaded(BoughError):
+    """The runtime, or the queue to it, has more waiting than it accepts."""
+
+
+class Timeout(BoughError, TimeoutError):
+    """The deadline given with the operation passed before it ended."""
+
+
+class Cancelled(BoughError):
+    """The operation was cancelled, by itself or with its branch."""
+
+
+class RuntimeLost(BoughError):
+    """The runtime is gone: it died, was shut down, hangs, or the connection broke."""
+
+
+class BackendError(BoughError):
+    """The backend failed inside, or in a way that has no class of its own."""
+
+
+class ProtocolMismatch(BackendError):
+    """The peer does not speak this version of the protocol."""
+
+
+class ProgramError(BoughError):
+    """A program's own code raised before it produced what is read; the exception is the `__cause__`."""
+
+
+_BY_KIND: Final[Mapping[str, type[BoughError]]] = {
+    "invalid_request": InvalidRequest,
+    "context_overflow": ContextOverflow,
+    "resource_exhausted": ResourceExhausted,
+    "overloaded": Overloaded,
+    "unsupported_model": UnsupportedModel,
+    "timeout": Timeout,
+    "cancelled": Cancelled,
+    "dependency_failed": BackendError,
+    "protocol": BackendError,
+    "internal": BackendError,
+}
+
+
+def from_kind(kind: str, message: str, details: Mapping[str, object] | None = None) -> BoughError:
+    """Return the error of a kind of the protocol; an unknown kind gives BackendError."""
+    return _rebuild(_BY_KIND.get(kind, BackendError), message, details or {})
+
+
+def from_reply(reply: Failed) -> BoughError:
+    """Return the error that a failed operation's reply stands for."""
+    return from_kind(reply.kind, reply.message, reply.details)
+
+
+def from_request(error: RequestError) -> BoughError:
+    """Return the error of a request that the protocol's own checks refuse, before it is sent."""
+    return from_kind(error.kind, error.message, error.details)
+
+
+def of(exception: BaseException) -> BoughError:
+    """Return the exception as one of bough's: itself, or a BackendError chained to it."""
+    if isinstance(exception, BoughError):
+        return exception
+    if isinstance(exception, RequestError):
+        return from_request(exception)
+    error = BackendError(f"{type(exception).__name__}: {exception}")
+    error.__cause__ = exception
+    return error

@@ -1,0 +1,288 @@
+"""Immutable pieces that a program appends to its state: text, gen, select, roles.
+
+An expression is a value: it can be kept, combined with `+`, and appended to any number of states::
+
+    verdict = assistant("Verdict: " + select("verdict", ["yes", "no"]))
+    for fork in forks:
+        fork += verdict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, cast
+
+from bough.errors import InvalidRequest
+from bough.runtime.protocol import CHOICE_METHODS, MAX_CHOICES, ChoiceMethod
+from bough.sampling import count, refuse_unsupported, sampling_overrides, seconds
+
+token_length_normalized: Final = "token_length_normalized"
+"""The choice with the highest mean log-probability per token."""
+greedy_token_selection: Final = "greedy_token_selection"
+"""The choice that greedy decoding, restricted to the choices, would take; token by token."""
+unconditional_likelihood_normalized: Final = "unconditional_likelihood_normalized"
+"""The choice that the prompt makes likelier most, against its likelihood without any prompt (per token)."""
+
+
+class Expression:
+    """The base of all expressions; `+` joins them with each other and with text."""
+
+    __slots__ = ()
+
+    def __add__(self, other: object) -> Concat:
+        return Concat((*self.pieces(), *pieces_of(other)))
+
+    def __radd__(self, other: object) -> Concat:
+        return Concat((*pieces_of(other), *self.pieces()))
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the atomic pieces in order."""
+        return (cast("Piece", self),)
+
+
+@dataclass(frozen=True, slots=True)
+class Gen(Expression):
+    """A hole that the model fills; made by `gen`."""
+
+    name: str | None
+    overrides: Mapping[str, Any]
+    n: int | None
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Select(Expression):
+    """A hole that the model fills with one of some choices; made by `select`."""
+
+    name: str | None
+    choices: tuple[str, ...]
+    method: ChoiceMethod
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoleBegin(Expression):
+    """Opens a message of a role."""
+
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleEnd(Expression):
+    """Closes the open message, which must be of this role (None: of any)."""
+
+    role: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Concat(Expression):
+    """Pieces after each other."""
+
+    items: tuple[Piece, ...]
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the atomic pieces in order."""
+        return self.items
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self.items)
+
+
+Piece: TypeAlias = str | Gen | Select | RoleBegin | RoleEnd
+
+
+def pieces_of(value: object) -> tuple[Piece, ...]:
+    """Return the pieces of text or of an expression. Raises InvalidRequest for anything else."""
+    if isinstance(value, str):
+        return (str(value),)
+    if isinstance(value, Expression):
+        return value.pieces()
+    raise InvalidRequest(f"only text and expressions can be appended to a state, got {value!r}", value=repr(value))
+
+
+def gen(
+    name: str | None = None,
+    max_tokens: int | None = None,
+    min_tokens: int | None = None,
+    n: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    stop_regex: str | Sequence[str] | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    frequency_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    repetition_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    seed: int | None = None,
+    ignore_eos: bool | None = None,
+    return_logprob: bool | None = None,
+    top_logprobs_num: int | None = None,
+    choices: Sequence[str] | None = None,
+    choices_method: ChoiceMethod | None = None,
+    timeout: float | None = None,
+    **unsupported: object,
+) -> Gen | Select:
+    """Let the model write here, and call what it writes `name`.
+
+    None means the run's default, then `SamplingParams`' (128 tokens, temperature 1). `n` > 1 gives a list of n values;
+    the text goes on with the first (with a `seed`, the i-th uses seed + i). `timeout` is in seconds. With `choices`
+    this is `select`. A name used twice: the last one wins. Without a name only the text grows.
+
+    Raises InvalidRequest naming the field, its limit and the value.
+    """
+    if unsupported:
+        refuse_unsupported("gen", unsupported)
+    given = {
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "stop": stop,
+        "stop_token_ids": stop_token_ids,
+        "stop_regex": stop_regex,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": logit_bias,
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+        "return_logprob": return_logprob,
+        "top_logprobs_num": top_logprobs_num,
+    }
+    if choices is not None:
+        return _gen_as_select(name, choices, choices_method, timeout, {**given, "n": n})
+    if choices_method is not None:
+        raise InvalidRequest("choices_method needs choices", field="choices_method")
+    return Gen(_variable(name), sampling_overrides(given), count("n", n), seconds("timeout", timeout))
+
+
+def _gen_as_select(
+    name: str | None,
+    choices: Sequence[str],
+    method: ChoiceMethod | None,
+    timeout: float | None,
+    given: Mapping[str, object],
+) -> Select:
+    for field, value in given.items():
+        if value is not None and field != "temperature":
+            raise InvalidRequest(f"{field} has no effect on a choice between given texts", field=field)
+    temperature = given["temperature"]
+    return select(
+        name,
+        choices,
+        0.0 if temperature is None else cast(float, temperature),
+        method or token_length_normalized,
+        timeout,
+    )
+
+
+def select(
+    name: str | None = None,
+    choices: Sequence[str] | None = None,
+    temperature: float = 0.0,
+    choices_method: ChoiceMethod = token_length_normalized,
+    timeout: float | None = None,
+) -> Select:
+    """Let the model choose one of some texts, and call the choice `name`.
+
+    Raises InvalidRequest for empty, duplicate or non-text choices, and for a temperature other than 0.
+    """
+    if not isinstance(temperature, (int, float)) or temperature != 0:
+        raise InvalidRequest(
+            f"select takes the best choice, temperature must be 0, got {temperature!r}", field="temperature"
+        )
+    if choices_method not in CHOICE_METHODS:
+        raise InvalidRequest(
+            f"choices_method must be one of {', '.join(CHOICE_METHODS)}, got {choices_method!r}", field="choices_method"
+        )
+    return Select(_variable(name), _checked_choices(choices), choices_method, seconds("timeout", timeout))
+
+
+def _checked_choices(choices: object) -> tuple[str, ...]:
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
+        raise InvalidRequest(f"choices must be a list of texts, got {choices!r}", field="choices")
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise InvalidRequest(f"choices must hold 1 to {MAX_CHOICES} texts, got {len(choices)}", field="choices")
+    seen: dict[str, int] = {}
+    for index, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice:
+            raise InvalidRequest(f"choices[{index}] must be a text that is not empty, got {choice!r}", field="choices")
+        if choice in seen:
+            raise InvalidRequest(f"choices[{index}] repeats choices[{seen[choice]}]: {choice!r}", field="choices")
+        seen[choice] = index
+    return tuple(seen)
+
+
+def _variable(name: object) -> str | None:
+    if name is not None and (not isinstance(name, str) or not name):
+        raise InvalidRequest(f"a variable's name must be a text that is not empty, got {name!r}", field="name")
+    return name
+
+
+def role_begin(name: str) -> RoleBegin:
+    """Open a message of any role that the model's chat template knows."""
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(f"a role must be a text that is not empty, got {name!r}", field="role")
+    return RoleBegin(name)
+
+
+def role_end(name: str | None = None) -> RoleEnd:
+    """Close the open message; with a name, it must be of that role."""
+    return RoleEnd(name)
+
+
+def role(name: str, expr: str | Expression | None = None) -> Concat:
+    """Return a whole message of any role, for example "tool"."""
+    inside = () if expr is None else pieces_of(expr)
+    return Concat((role_begin(name), *inside, RoleEnd(name)))
+
+
+def system(expr: str | Expression | None = None) -> Concat:
+    """Return a whole system message."""
+    return role("system", expr)
+
+
+def user(expr: str | Expression | None = None) -> Concat:
+    """Return a whole user message."""
+    return role("user", expr)
+
+
+def assistant(expr: str | Expression | None = None) -> Concat:
+    """Return a whole assistant message."""
+    return role("assistant", expr)
+
+
+def system_begin() -> RoleBegin:
+    """Open a system message."""
+    return RoleBegin("system")
+
+
+def system_end() -> RoleEnd:
+    """Close a system message."""
+    return RoleEnd("system")
+
+
+def user_begin() -> RoleBegin:
+    """Open a user message."""
+    return RoleBegin("user")
+
+
+def user_end() -> RoleEnd:
+    """Close a user message."""
+    return RoleEnd("user")
+
+
+def assistant_begin() -> RoleBegin:
+    """Open an assistant message."""
+    return RoleBegin("assistant")
+
+
+def assistant_end() -> RoleEnd:
+    """Close an assistant message."""
+    return RoleEnd("assistant")

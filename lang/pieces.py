@@ -1,0 +1,254 @@
+"""What a state's text is made of, and what its variables hold until they are read.
+
+A state appends to its own strand only. A fork makes new strands that refer to the parent's up to the point of the
+fork, so that forking copies no text: the pieces of a branch are those of its trunk, then its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeAlias, TypeVar
+
+from bough.backend import Generation
+from bough.errors import BoughError, Cancelled, of
+from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
+
+T = TypeVar("T")
+
+
+def result_of(future: Future[T]) -> T:
+    """Wait for a future; raise its failure as an error of its own for this read."""
+    failure = future.exception()
+    if failure is None:
+        return future.result()
+    raise of(failure).again()
+
+
+def error_of(future: Future[Any]) -> BoughError | None:
+    """Wait for a future; return its failure."""
+    failure = future.exception()
+    return None if failure is None else of(failure).again()
+
+
+class Mark:
+    """Where a message begins (with its role) or ends (None); knows its text once the backend has rendered it."""
+
+    __slots__ = ("index", "reply", "role")
+
+    def __init__(self, role: str | None) -> None:
+        self.role = role
+        self.reply: Future[Extended] | None = None
+        self.index = 0
+
+    def sent(self, reply: Future[Extended], index: int) -> None:
+        """Remember which reply will hold the rendered text, and where in it."""
+        self.reply, self.index = reply, index
+
+    def text(self) -> str:
+        """Wait for what the chat template writes here."""
+        if self.reply is None:  # readers send what is pending first, unless there is no branch to send it to
+            raise Cancelled("this branch was cancelled before its last messages were sent")
+        rendered = result_of(self.reply).rendered
+        return rendered[self.index] if self.index < len(rendered) else ""
+
+
+class GenCall:
+    """A `gen` in flight or done: n futures of which the text continues with the first."""
+
+    __slots__ = ("chunks", "name", "replies")
+
+    def __init__(self, name: str | None, replies: Sequence[Future[Generation]], chunks: list[str] | None) -> None:
+        self.name = name
+        self.replies = replies
+        self.chunks = chunks
+        """The text so far while it streams; None where it does not."""
+
+    def futures(self) -> Sequence[Future[Any]]:
+        """Return what has to be done before this can be read."""
+        return self.replies
+
+    def text(self) -> str:
+        """Wait for the text that was appended."""
+        return result_of(self.replies[0]).text
+
+    def value(self) -> str | list[str]:
+        """Wait for the variable's value: the text, or for n > 1 the list of texts."""
+        if len(self.replies) == 1:
+            return result_of(self.replies[0]).text
+        return [result_of(reply).text for reply in self.replies]
+
+    def meta(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Wait for what the call cost and why it ended; for n > 1 a list."""
+        if len(self.replies) == 1:
+            return _generation_meta(result_of(self.replies[0]))
+        return [_generation_meta(result_of(reply)) for reply in self.replies]
+
+
+class SelectCall:
+    """A `select` in flight or done."""
+
+    __slots__ = ("choices", "name", "reply")
+
+    def __init__(self, name: str | None, choices: Sequence[str], reply: Future[Selected]) -> None:
+        self.name = name
+        self.choices = choices
+        self.reply = reply
+
+    def futures(self) -> Sequence[Future[Any]]:
+        """Return what has to be done before this can be read."""
+        return (self.reply,)
+
+    def text(self) -> str:
+        """Wait for the choice, which is also the text that was appended."""
+        return self.choices[result_of(self.reply).index]
+
+    def value(self) -> str:
+        """Wait for the choice."""
+        return self.text()
+
+    def meta(self) -> dict[str, Any]:
+        """Wait for the scores of all choices and what the call cost."""
+        selected = result_of(self.reply)
+        return {
+            **_usage(selected.usage),
+            "index": selected.index,
+            "choice": self.choices[selected.index],
+            "scores": selected.scores,
+            "distribution": selected.distribution,
+            "choice_token_logprobs": [_triples(tokens) for tokens in selected.logprobs],
+            "unconditional_token_logprobs": selected.unconditional,
+        }
+
+
+class Gathered:
+    """A variable that a join collected: one value per branch, None where a branch did not assign it."""
+
+    __slots__ = ("cells",)
+
+    def __init__(self, cells: Sequence[object]) -> None:
+        self.cells = cells
+
+    def futures(self) -> Sequence[Future[Any]]:
+        """Return what has to be done before this can be read."""
+        return [future for cell in self.cells if isinstance(cell, LAZY) for future in cell.futures()]
+
+    def value(self) -> list[Any]:
+        """Return the list. Raises the failure of the first branch that failed."""
+        return [read(cell) for cell in self.cells]
+
+    def meta(self) -> list[Any]:
+        """Return each branch's meta information, None where there is none."""
+        return [cell.meta() if isinstance(cell, (GenCall, SelectCall, Gathered)) else None for cell in self.cells]
+
+
+class Span:
+    """A variable that names a stretch of a state's own text."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(self, pieces: Sequence[Item]) -> None:
+        self.pieces = pieces
+
+    def futures(self) -> Sequence[Future[Any]]:
+        """Return what has to be done before this can be read."""
+        return [future for item in self.pieces for future in futures_of(item)]
+
+    def value(self) -> str:
+        """Wait for the text."""
+        return text_of(self.pieces)
+
+
+Call: TypeAlias = GenCall | SelectCall
+Item: TypeAlias = str | Mark | GenCall | SelectCall
+LAZY = (GenCall, SelectCall, Gathered, Span)
+
+
+def read(value: object) -> Any:
+    """Return a variable's value, waiting for it if need be."""
+    return value.value() if isinstance(value, LAZY) else value
+
+
+def text_of(items: Sequence[Item]) -> str:
+    """Return the text of pieces, waiting for those that are not known yet."""
+    return "".join([item if isinstance(item, str) else item.text() for item in items])
+
+
+def futures_of(item: Item) -> Sequence[Future[Any]]:
+    """Return what has to be done before the piece's text is known."""
+    if isinstance(item, str):
+        return ()
+    if isinstance(item, Mark):
+        return () if item.reply is None else (item.reply,)
+    return item.futures()
+
+
+class Strand:
+    """The pieces that one state appended, and the strands that were forked off it (for drawing the tree)."""
+
+    __slots__ = ("forks", "items")
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.forks: list[tuple[int, list[Strand]]] = []
+
+
+class Trunk:
+    """What a forked state inherits: the first `length` pieces of its parent's strand, and the parent's own trunk.
+
+    Strands do not refer back, so that a dropped state is freed at once, without the cycle collector.
+    """
+
+    __slots__ = ("length", "parent", "strand")
+
+    def __init__(self, parent: Trunk | None, strand: Strand, length: int) -> None:
+        self.parent = parent
+        self.strand = strand
+        self.length = length
+
+
+def all_items(trunk: Trunk | None, strand: Strand) -> Iterator[Item]:
+    """Yield the pieces from the root of the tree to the end of `strand`."""
+    trunks: list[Trunk] = []
+    while trunk is not None:
+        trunks.append(trunk)
+        trunk = trunk.parent
+    for part in reversed(trunks):
+        yield from part.strand.items[: part.length]
+    yield from list(strand.items)
+
+
+def messages_of(items: Iterator[Item]) -> list[dict[str, str]]:
+    """Return the closed messages among the pieces; their content is what was appended inside, exactly."""
+    messages: list[dict[str, str]] = []
+    role: str | None = None
+    inside: list[Item] = []
+    for item in items:
+        if not isinstance(item, Mark):
+            inside.append(item)
+            continue
+        if item.role is None and role is not None:
+            messages.append({"role": role, "content": text_of(inside)})
+        role, inside = item.role, []
+    return messages
+
+
+def _generation_meta(done: Generation) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        **_usage(done.usage),
+        "finish_reason": done.finish_reason,
+        "matched_stop": done.matched_stop,
+        "token_ids": list(done.token_ids),
+    }
+    if done.logprobs is not None:
+        meta["output_token_logprobs"] = _triples(done.logprobs)
+        meta["output_top_logprobs"] = [token.top for token in done.logprobs]
+    return meta
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {field: getattr(usage, field) for field in usage.__struct_fields__}
+
+
+def _triples(tokens: Sequence[TokenLogprob]) -> list[tuple[float, int, str]]:
+    return [(token.logprob, token.token_id, token.text) for token in tokens]

@@ -1,0 +1,178 @@
+"""`@function` and what it makes: a `Program` that can be run, run in batches, streamed and bound."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, overload
+
+from bough.backend import Backend, chosen, default_backend
+from bough.errors import InvalidRequest
+from bough.sampling import SAMPLING_NAMES, Sampling, sampling_from
+from bough.state import State
+from bough.streaming import Run
+
+_RESERVED: Final = ("stream", "backend")
+
+
+class Program:
+    """A Python function whose first parameter is the state it writes to."""
+
+    def __init__(self, func: Callable[..., Any], bound: Mapping[str, Any] | None = None) -> None:
+        self._func = func
+        self._bound = dict(bound or {})
+        self._signature = inspect.signature(func)
+        parameters = list(self._signature.parameters.values())
+        if not parameters or parameters[0].kind not in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            raise InvalidRequest(
+                f"{func.__name__}: a program's first parameter is its state, as in def {func.__name__}(s)"
+            )
+        if inspect.iscoroutinefunction(func):
+            raise InvalidRequest(f"{func.__name__}: async def programs are not supported yet")
+        self._names = frozenset(parameter.name for parameter in parameters[1:])
+        for name in _RESERVED:
+            if name in self._names:
+                raise InvalidRequest(f"{func.__name__}: the parameter {name!r} is taken by run() itself")
+        functools.update_wrapper(self, func)
+
+    def __repr__(self) -> str:
+        return f"<program {self._func.__name__}{self._signature}>"
+
+    def bind(self, **arguments: Any) -> Program:
+        """Return the program with some of its arguments given; a later argument of the same name wins."""
+        unknown = [name for name in arguments if name not in self._names]
+        if unknown and not self._takes_any_keyword():
+            raise TypeError(f"{self._func.__name__}() has no parameter {unknown[0]!r}")
+        return Program(self._func, {**self._bound, **arguments})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> State:
+        """Run the program; the same as `run`."""
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, stream: bool = False, backend: Backend | None = None, **kwargs: Any) -> State:
+        """Run the program on a new state and return the state; `state.ret_value` is what the body returned.
+
+        Returns when the body ends; what it did not read may still be computed, and waits where it is read. With
+        `stream=True` the body runs in a thread of its own, `run` returns at once, and `state.text_iter()` follows it;
+        an exception of the body is then raised by reads.
+
+        Besides the program's arguments it takes defaults for every gen that does not say otherwise: max_tokens (or
+        max_new_tokens), min_tokens, n, stop, stop_token_ids, stop_regex, temperature, top_p, top_k, min_p,
+        frequency_penalty, presence_penalty, repetition_penalty, logit_bias, seed, ignore_eos, return_logprob,
+        top_logprobs_num, timeout. Where a program has a parameter of such a name, it is the program's.
+        """
+        target = chosen(backend)
+        sampling, arguments = self._split(kwargs)
+        if stream:
+            return self._start(target, sampling, args, arguments)
+        state = State(target, sampling, title=self._func.__name__)
+        self._body(state, args, arguments)
+        return state
+
+    def run_batch(
+        self,
+        batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
+        *,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        backend: Backend | None = None,
+        **sampling: Any,
+    ) -> list[State]:
+        """Run the program once per item (a dict of arguments, or a tuple of positional ones); return states in order.
+
+        Returns when all are done. Whatever goes wrong in one item, in the program or in the backend, is that state's
+        `error()` and costs no other item anything. `num_threads` is how many items are in flight at once.
+        """
+        from bough.batch import run_batch
+
+        target = chosen(backend)
+        defaults, rest = self._split(sampling)
+        if rest:
+            raise TypeError(f"run_batch() got an unexpected keyword argument {next(iter(rest))!r}")
+        calls = [self._call_of(index, item) for index, item in enumerate(batch_kwargs)]
+        jobs = [functools.partial(self._attempt, target, defaults, args, kwargs) for args, kwargs in calls]
+        return run_batch(jobs, num_threads, progress_bar)
+
+    # ------------------------------------------------------------------------------------------ one run
+
+    def _split(self, kwargs: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+        """Part sampling defaults from the program's own arguments."""
+        if not kwargs:
+            return sampling_from(kwargs), {}
+        ours = {k: v for k, v in kwargs.items() if k in SAMPLING_NAMES and k not in self._names}
+        return sampling_from(ours), {k: v for k, v in kwargs.items() if k not in ours}
+
+    def _body(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Run the function; programs that it runs without a backend use this one."""
+        token = default_backend.enter(state._interpreter.backend)
+        try:
+            state._return_value = self._func(state, *args, **{**self._bound, **kwargs})
+        finally:
+            default_backend.leave(token)
+
+    def _start(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:
+        self._signature.bind(None, *args, **{**self._bound, **kwargs})
+        run = Run()
+        state = State(backend, sampling, title=self._func.__name__, run=run)
+        context = contextvars.copy_context()
+        body = functools.partial(context.run, self._run_body, run, state, args, kwargs)
+        threading.Thread(target=body, name=f"bough-{self._func.__name__}", daemon=True).start()
+        return state
+
+    def _run_body(self, run: Run, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        run.thread_id = threading.get_ident()
+        error: BaseException | None = None
+        try:
+            self._body(state, args, kwargs)
+        except BaseException as raised:  # whatever ended the body is told to those who read
+            error = raised
+        finally:
+            run.thread_id = 0
+            run.finish(error)
+
+    # ------------------------------------------------------------------------------------------ batches
+
+    def _call_of(self, index: int, item: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return one item as arguments. Raises InvalidRequest, before anything runs, if they do not fit the program."""
+        if isinstance(item, Mapping):
+            args, kwargs = (), dict(item)
+        elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
+            args, kwargs = tuple(item), {}
+        else:
+            raise InvalidRequest(f"item {index} of a batch must be a dict or a tuple of arguments, got {item!r}")
+        try:
+            self._signature.bind(None, *args, **{**self._bound, **kwargs})
+        except TypeError as error:
+            raise InvalidRequest(f"item {index} of the batch does not fit {self!r}: {error}") from None
+        return args, kwargs
+
+    def _attempt(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:
+        run = Run()
+        state = State(backend, sampling, title=self._func.__name__)
+        state._run = run
+        try:
+            self._body(state, args, kwargs)
+        except Exception as error:  # one item's failure is that item's result
+            run.finish(error)
+        else:
+            run.finish(None)
+        state.sync()
+        return state
+
+    def _takes_any_keyword(self) -> bool:
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._signature.parameters.values())
+
+
+@overload
+def function(func: Callable[..., Any]) -> Program: ...
+@overload
+def function(func: None = None) -> Callable[[Callable[..., Any]], Program]: ...
+def function(func: Callable[..., Any] | None = None) -> Program | Callable[[Callable[..., Any]], Program]:
+    """Make a program of a function whose first parameter, of any name, is the state. Bare or called."""
+    return Program if func is None else Program(func)

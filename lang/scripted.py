@@ -1,0 +1,408 @@
+"""`ScriptedBackend`: a backend without a model, for tests, documentation and measuring the language alone.
+
+It keeps every rule of `Backend`. Words stand in for tokens: a token is a run of non-blank characters with the blanks
+before it, `max_tokens` counts words, and what an earlier call on the same tree of branches has read counts as cached.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, Final, TypeAlias, TypeVar
+
+from bough.backend import Branch, Generation, OnDelta
+from bough.errors import BackendError, BoughError, Cancelled, ContextOverflow, InvalidRequest, of
+from bough.runtime import protocol
+from bough.runtime.protocol import (
+    ChoiceMethod,
+    Extended,
+    FinishReason,
+    Part,
+    SamplingParams,
+    Selected,
+    TokenLogprob,
+    Usage,
+)
+
+T = TypeVar("T")
+Reply: TypeAlias = "str | Callable[[str, Any], str]"
+Replies: TypeAlias = "Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[str, SamplingParams], str]"
+
+_WORD: Final = re.compile(r"\s*\S+|\s+\Z")
+
+
+class _Branch:
+    """What a branch holds: the text since its fork, and where that was."""
+
+    __slots__ = ("error", "length", "parent", "parent_len", "parent_words", "read", "role", "text")
+
+    def __init__(self, parent: _Branch | None) -> None:
+        self.parent = parent
+        self.parent_len = 0 if parent is None else len(parent.text)
+        self.parent_words: int = 0 if parent is None else parent.length
+        self.text: list[str] = []
+        self.length: int = self.parent_words  # in words, with what was inherited
+        self.read = 0  # the words that a call of this branch, or of one forked off it, has computed
+        self.role: str | None = None if parent is None else parent.role
+        self.error: BoughError | None = None if parent is None else parent.error
+
+    def whole(self, upto: int | None = None) -> str:
+        """Return the text from the root of the tree on."""
+        above = "" if self.parent is None else self.parent.whole(self.parent_len)
+        return above + "".join(self.text[:upto])
+
+    def cached(self) -> int:
+        """Return how many words earlier calls have computed, here or on the branches that share them."""
+        shared = 0 if self.parent is None else min(self.parent.cached(), self.parent_words)
+        return max(self.read, shared)
+
+    def compute(self) -> None:
+        """Count everything up to here as computed, for all that share it."""
+        self.read = self.length
+        above = self
+        while above.parent is not None:
+            above.parent.read = max(above.parent.read, above.parent_words)
+            above = above.parent
+
+    def append(self, text: str) -> None:
+        """Append text."""
+        self.text.append(text)
+        self.length += len(text.split())
+
+
+class ScriptedBackend:
+    """Answers from a script.
+
+    replies: a list, used up in the order of the calls; a dict from variable names to a reply or a list of them; or a
+    callable of the text so far and the SamplingParams. A reply is a text or such a callable; an exception that it
+    raises fails the call. `select` takes the dict's choice for the variable, else `choose(text, choices)`, else the
+    first choice.
+
+    While `paused()`, calls wait in order; `step()` carries out some, and leaving the block the rest.
+    """
+
+    def __init__(
+        self,
+        replies: Replies = (),
+        *,
+        choose: Callable[[str, Sequence[str]], str] | None = None,
+        context_len: int | None = None,
+        chunk_words: int = 1,
+    ) -> None:
+        self._replies = replies
+        self._queue = deque(replies) if isinstance(replies, Sequence) and not isinstance(replies, str) else None
+        self._named: dict[str, deque[Reply]] = {}
+        self._choose = choose
+        self._context_len = context_len
+        self._chunk_words = chunk_words
+        self._lock = threading.RLock()
+        self._ids = count(1)
+        self._branches: dict[Branch, _Branch] = {}
+        self._waiting: deque[tuple[Branch, Callable[[], None], Callable[[BoughError], None]]] | None = None
+        self._totals = dict.fromkeys(("prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens"), 0)
+        self._num_calls = 0
+
+    # ------------------------------------------------------------------------------------------ branches
+
+    def open(self) -> Branch:
+        """Start an empty branch."""
+        branch = next(self._ids)
+        self._branches[branch] = _Branch(None)
+        return branch
+
+    def fork(self, branch: Branch, count: int) -> list[Branch]:
+        """Start `count` branches that share all that `branch` holds."""
+        children = [next(self._ids) for _ in range(count)]
+
+        def make() -> None:
+            parent = self._branches[branch]
+            for child in children:
+                self._branches[child] = _Branch(parent)
+
+        self._do(branch, make, lambda error: None)
+        return children
+
+    def release(self, branches: Sequence[Branch]) -> None:
+        """Forget branches once what was asked before has been carried out."""
+        waiting = self._waiting
+        if waiting is not None and branches:
+            waiting.append((-1, lambda: self._forget(branches), lambda error: None))
+        else:
+            self._forget(branches)
+
+    def _forget(self, branches: Sequence[Branch]) -> None:
+        for branch in branches:
+            self._branches.pop(branch, None)
+
+    def cancel(self, branch: Branch) -> Future[int]:
+        """End every waiting call of the branch and of its descendants."""
+        ended: Future[int] = Future()
+        with self._lock:
+            family = set(self._family(branch))
+            kept: deque[Any] = deque()
+            number = 0
+            for entry in self._waiting or ():
+                if entry[0] in family:
+                    entry[2](Cancelled("the operation was cancelled with its branch"))
+                    number += 1
+                else:
+                    kept.append(entry)
+            if self._waiting is not None:
+                self._waiting = kept
+            for member in family & self._branches.keys():
+                self._branches[member].error = Cancelled("the branch was cancelled")
+        ended.set_result(number)
+        return ended
+
+    def _family(self, branch: Branch) -> Iterator[Branch]:
+        root = self._branches.get(branch)
+        inside = set() if root is None else {id(root)}
+        for number, other in sorted(self._branches.items()):  # parents have lower numbers than their children
+            if id(other) in inside or (other.parent is not None and id(other.parent) in inside):
+                inside.add(id(other))
+                yield number
+
+    # ------------------------------------------------------------------------------------------ operations
+
+    def extend(self, branch: Branch, parts: Sequence[Part], *, commit: bool = False) -> Future[Extended]:
+        """Append text and roles, written in the manner of ChatML."""
+
+        def work(target: _Branch) -> Extended:
+            rendered: list[str] = []
+            for part in parts:
+                if isinstance(part, protocol.Text):
+                    target.append(part.text)
+                elif isinstance(part, protocol.Tokens):
+                    raise InvalidRequest("a ScriptedBackend has no tokens")
+                else:
+                    rendered.append(_render(target, part))
+            self._check_length(target)
+            return Extended(0, target.length, rendered)
+
+        return self._submit(branch, work)
+
+    def generate(
+        self,
+        branch: Branch,
+        params: SamplingParams,
+        *,
+        name: str | None = None,
+        on_delta: OnDelta | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Generation]:
+        """Append the next reply of the script, cut at stop strings and after `max_tokens` words."""
+
+        def work(target: _Branch) -> Generation:
+            text, reason, stop = _cut(self._reply(name, target, params), params)
+            words = text.split() if params.logprobs is None and on_delta is None else _WORD.findall(text)
+            if on_delta is not None:
+                for start in range(0, len(words), self._chunk_words):
+                    on_delta("".join(words[start : start + self._chunk_words]))
+            usage = self._used(target, len(words))
+            target.append(text)
+            target.compute()
+            ids = [zlib.crc32(word.encode()) & 0x7FFF for word in words]
+            logprobs = None
+            if params.logprobs is not None:
+                logprobs = [TokenLogprob(0.0, i, w, [(0.0, i, w)]) for i, w in zip(ids, words, strict=True)]
+            return Generation(text, ids, reason, stop, target.length, usage, logprobs)
+
+        return self._submit(branch, work)
+
+    def select(
+        self,
+        branch: Branch,
+        choices: Sequence[str],
+        method: ChoiceMethod,
+        *,
+        name: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Selected]:
+        """Append the choice of the script."""
+
+        def work(target: _Branch) -> Selected:
+            selected = self._selected(name, target, choices)
+            target.append(choices[selected.index])
+            target.compute()
+            return selected
+
+        return self._submit(branch, work)
+
+    def score(
+        self,
+        branch: Branch,
+        choices: Sequence[str],
+        method: ChoiceMethod,
+        *,
+        name: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Selected]:
+        """Return what `select` would choose, and append nothing."""
+        return self._submit(branch, lambda target: self._selected(name, target, choices))
+
+    def rollback(self, branch: Branch, length: int) -> Future[Extended]:
+        """Cut the branch back to its first `length` words."""
+
+        def work(target: _Branch) -> Extended:
+            if not 0 <= length <= target.length:
+                raise InvalidRequest(f"length must be between 0 and {target.length}, got {length}", field="length")
+            kept = "".join(_WORD.findall(target.whole())[:length])
+            target.parent, target.text, target.length = None, [kept], length
+            target.read = min(target.read, length)
+            return Extended(0, length)
+
+        return self._submit(branch, work)
+
+    # ------------------------------------------------------------------------------------------ counters
+
+    def stats(self) -> dict[str, int | float | str]:
+        """Return what was cached, computed and generated, in words."""
+        return {**self._totals, "num_branches": len(self._branches), "num_calls": self._num_calls}
+
+    def flush_cache(self) -> None:
+        """Count everything as not computed."""
+        with self._lock:
+            for branch in self._branches.values():
+                branch.read = 0
+
+    def server_info(self) -> dict[str, object]:
+        """Return that this is a script."""
+        return {"model": "script", "architecture": "script", "context_len": self._context_len}
+
+    # ------------------------------------------------------------------------------------------ waiting
+
+    @contextmanager
+    def paused(self) -> Iterator[ScriptedBackend]:
+        """Let calls wait, as on a real runtime, until `step` or the end of the block."""
+        self._waiting = deque()
+        try:
+            yield self
+        finally:
+            self.step(None)
+            self._waiting = None
+
+    def step(self, number: int | None = 1) -> None:
+        """Carry out some of the waiting calls, in order; None means all."""
+        while self._waiting and number != 0:
+            self._waiting.popleft()[1]()
+            number = None if number is None else number - 1
+
+    def _do(self, branch: Branch, work: Callable[[], None], fail: Callable[[BoughError], None]) -> None:
+        if self._waiting is not None:
+            self._waiting.append((branch, work, fail))
+        else:
+            work()
+
+    def _submit(self, branch: Branch, work: Callable[[_Branch], T]) -> Future[T]:
+        """Carry out an operation now, or later if paused; a failure poisons the branch."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            with self._lock:
+                target = self._branches.get(branch)
+                if target is None:
+                    return future.set_exception(InvalidRequest(f"branch {branch} is not open", branch=branch))
+                if target.error is not None:
+                    return future.set_exception(target.error.for_dependant())
+                self._num_calls += 1
+                try:
+                    result = work(target)
+                except Exception as error:  # a script may fail on purpose
+                    target.error = of(error)
+                    return future.set_exception(target.error)
+            return future.set_result(result)
+
+        self._do(branch, run, future.set_exception)
+        return future
+
+    # ------------------------------------------------------------------------------------------ the script
+
+    def _reply(self, name: str | None, target: _Branch, params: SamplingParams) -> str:
+        reply = self._next_reply(name)
+        return reply if isinstance(reply, str) else reply(target.whole(), params)
+
+    def _next_reply(self, name: str | None) -> Reply:
+        if self._queue is not None:
+            if not self._queue:
+                raise BackendError(f"the script has no reply left for {name!r}")
+            return self._queue.popleft()
+        if isinstance(self._replies, Mapping):
+            if name is None or name not in self._replies:
+                raise BackendError(f"the script has no reply for {name!r}")
+            found = self._replies[name]
+            if isinstance(found, str) or callable(found):
+                return found
+            left = self._named.setdefault(name, deque(found))
+            if not left:
+                raise BackendError(f"the script has no reply left for {name!r}")
+            return left.popleft()
+        assert callable(self._replies), "replies are a list, a dict or a callable"
+        return self._replies
+
+    def _selected(self, name: str | None, target: _Branch, choices: Sequence[str]) -> Selected:
+        if isinstance(self._replies, Mapping) and name in self._replies:
+            reply = self._next_reply(name)
+            choice = reply if isinstance(reply, str) else reply(target.whole(), choices)
+        else:
+            choice = choices[0] if self._choose is None else self._choose(target.whole(), choices)
+        if choice not in choices:
+            raise BackendError(f"the script chose {choice!r}, which is not one of {list(choices)}")
+        index = list(choices).index(choice)
+        sure = [1.0 if i == index else 0.0 for i in range(len(choices))]
+        tokens = [[TokenLogprob(score - 1.0, 0, text)] for score, text in zip(sure, choices, strict=True)]
+        scores = [score - 1.0 for score in sure]
+        return Selected(0, index, scores, sure, tokens, target.length, self._used(target, 0))
+
+    def _used(self, target: _Branch, generated: int) -> Usage:
+        prompt, cached = target.length, target.cached()
+        totals = self._totals
+        totals["prompt_tokens"] += prompt
+        totals["cached_tokens"] += cached
+        totals["computed_tokens"] += prompt - cached
+        totals["generated_tokens"] += generated
+        return Usage(
+            prompt_tokens=prompt, cached_tokens=cached, computed_tokens=prompt - cached, completion_tokens=generated
+        )
+
+    def _check_length(self, target: _Branch) -> None:
+        if self._context_len is not None and target.length > self._context_len:
+            raise ContextOverflow(
+                f"the text has {target.length} tokens, the context holds {self._context_len}",
+                length=target.length,
+                context_len=self._context_len,
+            )
+
+
+def _render(target: _Branch, part: Part) -> str:
+    if isinstance(part, protocol.RoleBegin):
+        target.role = part.role
+        text = f"<|im_start|>{part.role}\n"
+    else:
+        target.role = None
+        text = "<|im_end|>\n"
+    target.append(text)
+    return text
+
+
+def _cut(reply: object, params: SamplingParams) -> tuple[str, FinishReason, str | None]:
+    """Return the reply up to the first stop and `max_tokens` words, why it ended, and the stop that did it."""
+    if not isinstance(reply, str):
+        raise BackendError(f"a reply of the script must be text, got {reply!r}")
+    found = [(reply.find(stop), stop) for stop in params.stop if stop in reply]
+    for pattern in params.stop_regex:
+        match = re.search(pattern, reply)
+        if match is not None:
+            found.append((match.start(), match.group()))
+    end, stop = min(found, default=(len(reply), None))
+    text = reply[:end]
+    if len(text) > params.max_tokens:  # a text has at most as many words as characters
+        words = _WORD.findall(text)
+        if len(words) > params.max_tokens:
+            return "".join(words[: params.max_tokens]), "length", None
+    return text, "stop", stop

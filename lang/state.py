@@ -1,0 +1,297 @@
+"""`State`, the `s` of a program: one growing text with its variables.
+
+Appending never waits; a variable waits when it is read, and raises there what went wrong.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from bough.backend import Backend
+from bough.errors import InvalidRequest, UnknownVariable
+from bough.expressions import Expression, pieces_of
+from bough.interpreter import Interpreter
+from bough.pieces import LAZY, Span, futures_of, messages_of, read, text_of
+from bough.sampling import DEFAULTS, Sampling, count
+from bough.streaming import Feed, Run, iterate, iterate_async
+
+if TYPE_CHECKING:
+    from bough.group import Copy, Group
+    from bough.scopes import RoleScope, VarScope
+
+
+class State:
+    """One growing text with its variables.
+
+    `s += text_or_expression` appends; `s["x"]` reads the variable x, waiting for it; `s.fork(n)` branches. A state may
+    be used from several threads; what two threads append at once comes in some order.
+    """
+
+    __slots__ = ("__weakref__", "_assigned", "_feed", "_interpreter", "_return_value", "_run", "_title", "_variables")
+
+    def __init__(
+        self, backend: Backend, sampling: Sampling = DEFAULTS, *, title: str = "state", run: Run | None = None
+    ) -> None:
+        self._title = title
+        self._run = run
+        self._feed: Feed | None = None if run is None else run.new_feed()
+        self._interpreter = Interpreter(backend, sampling, self._feed)
+        self._variables: dict[str, Any] = {}
+        self._assigned: dict[str, None] = {}  # in this state, since it was forked; in order
+        self._return_value: Any = None
+
+    # ------------------------------------------------------------------------------------------ append
+
+    def __iadd__(self, other: str | Expression) -> State:
+        """Append text or an expression. Raises InvalidRequest at once for what cannot be appended here."""
+        for call in self._interpreter.append(pieces_of(other)):
+            if call.name is not None:
+                self._assign(call.name, call)
+        if self._feed is not None:
+            self._feed.notify()
+        return self
+
+    # ------------------------------------------------------------------------------------------ roles and scopes
+
+    def role(self, name: str, expr: str | Expression | None = None) -> RoleScope:
+        """Append a message of a role; without an expression, use it as `with s.role("tool"): s += ...`."""
+        from bough.scopes import RoleScope
+
+        return RoleScope(self, name, expr)
+
+    def system(self, expr: str | Expression | None = None) -> RoleScope:
+        """Append a system message; without an expression, use it as `with s.system(): s += ...`."""
+        return self.role("system", expr)
+
+    def user(self, expr: str | Expression | None = None) -> RoleScope:
+        """Append a user message; without an expression, use it as `with s.user(): s += ...`."""
+        return self.role("user", expr)
+
+    def assistant(self, expr: str | Expression | None = None) -> RoleScope:
+        """Append an assistant message; without an expression, use it as `with s.assistant(): s += ...`."""
+        return self.role("assistant", expr)
+
+    def var_scope(self, name: str) -> VarScope:
+        """Name the text appended inside `with s.var_scope(name):`; the variable exists once the block is left."""
+        from bough.scopes import VarScope
+
+        return VarScope(self, name)
+
+    # ------------------------------------------------------------------------------------------ variables
+
+    def __getitem__(self, name: str) -> Any:
+        """Wait for a variable and return its value; raise there what went wrong. Raises UnknownVariable at once."""
+        value = self._find(name)
+        if isinstance(value, Span):
+            self._interpreter.flush()
+        return read(value)
+
+    def _find(self, name: str) -> Any:
+        """Return what a variable holds; in a streaming run, wait until the body has assigned it or has ended."""
+        run, feed = self._run, self._feed
+        # Other threads may wait for the body; the body itself would wait for ever.
+        if run is not None and feed is not None and run.thread_id != threading.get_ident():
+            feed.wait_until(lambda: name in self._variables or run.finished)
+        if name not in self._variables:
+            self._raise_unknown(name)
+        return self._variables[name]
+
+    def _raise_unknown(self, name: str) -> None:
+        self._raise_if_body_failed(f"{name!r} was assigned")
+        known = ", ".join(sorted(self._variables)) or "none"
+        raise UnknownVariable(f"no variable {name!r} was assigned in this state; assigned: {known}", name=name)
+
+    def get_var(self, name: str) -> Any:
+        """Wait for a variable and return its value."""
+        return self[name]
+
+    async def aget(self, name: str) -> Any:
+        """Return a variable's value without blocking the event loop."""
+        value = self._find(name) if self._feed is None or name in self._variables else await self._find_async(name)
+        if isinstance(value, LAZY):
+            if isinstance(value, Span):
+                self._interpreter.flush()
+            await _all_done(value.futures())
+        return read(value)
+
+    async def _find_async(self, name: str) -> Any:
+        assert self._feed is not None, "only a streaming run has variables that are yet to come"
+        while name not in self._variables and not self._body_finished():
+            seen = self._feed.version
+            if name not in self._variables and not self._body_finished():
+                await self._feed.wait_async(seen)
+        return self._find(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Assign a variable; the text does not change."""
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest(f"a variable's name must be a text that is not empty, got {name!r}", field="name")
+        self._assign(name, value)
+        if self._feed is not None:
+            self._feed.notify()
+
+    def set_var(self, name: str, value: Any) -> None:
+        """Assign a variable; the text does not change."""
+        self[name] = value
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a variable of this name was assigned, be it computed yet or not."""
+        return name in self._variables
+
+    def _assign(self, name: str, value: Any) -> None:
+        self._variables[name] = value
+        self._assigned[name] = None
+
+    def get_meta_info(self, name: str) -> Any:
+        """Wait for a gen or select, and return what it cost and why it ended.
+
+        A dict with prompt_tokens, cached_tokens, computed_tokens, completion_tokens, queue_ms, ttft_ms, latency_ms;
+        for a gen also finish_reason, matched_stop, token_ids and, when asked for, output_token_logprobs and
+        output_top_logprobs; for a select also index, choice, scores, distribution, choice_token_logprobs. A list of
+        them for n > 1 and for joined variables.
+        """
+        value = self._find(name)
+        if not isinstance(value, LAZY) or isinstance(value, Span):
+            raise InvalidRequest(f"{name!r} is not the result of a gen or select, it has no meta information")
+        return value.meta()
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def text(self) -> str:
+        """Wait for the whole text: what was appended, what the roles were rendered to, what was generated."""
+        self._settle("its text was complete")
+        return text_of(list(self._interpreter.items()))
+
+    def messages(self) -> list[dict[str, str]]:
+        """Wait for the closed messages, as [{"role": ..., "content": ...}]; the content is exact, nothing stripped."""
+        self._settle("its messages were complete")
+        return messages_of(self._interpreter.items())
+
+    def _settle(self, what: str) -> None:
+        self._wait_for_body()
+        self._raise_if_body_failed(what)
+        self._interpreter.flush()
+
+    def sync(self) -> None:
+        """Wait until everything appended so far is done, well or not; `error()` tells which."""
+        self.error()
+
+    def error(self) -> BaseException | None:
+        """Wait until everything appended so far is done; return what went wrong first, or None.
+
+        An exception of the program's own code comes before what the backend reports.
+        """
+        self._wait_for_body()
+        failure = self._interpreter.error()
+        return (self._run.error if self._run is not None else None) or failure
+
+    @property
+    def ret_value(self) -> Any:
+        """What the program's body returned, once it has ended."""
+        self._wait_for_body()
+        self._raise_if_body_failed("it returned")
+        return self._return_value
+
+    def text_iter(self, name: str | None = None) -> Iterator[str]:
+        """Yield the text (or one variable's) as it comes, if the run streams; all at once if it does not.
+
+        Any number of readers may follow, each from the beginning; together the chunks are the whole text.
+        """
+        if self._feed is not None:
+            return iterate(self, self._feed, name)
+        return iter([self.text() if name is None else str(self[name])])
+
+    def text_async_iter(self, name: str | None = None) -> AsyncIterator[str]:
+        """Yield the text (or one variable's) as it comes, leaving the event loop free."""
+        if self._feed is not None:
+            return iterate_async(self, self._feed, name)
+        return self._text_once(name)
+
+    async def _text_once(self, name: str | None) -> AsyncIterator[str]:
+        if name is not None:
+            yield str(await self.aget(name))
+            return
+        self._interpreter.flush()
+        await _all_done([future for item in self._interpreter.items() for future in futures_of(item)])
+        yield self.text()
+
+    def tree(self) -> str:
+        """Wait for the run and draw it as text: branches, gens, and what was cached, computed and generated."""
+        from bough.tree import draw
+
+        self.error()
+        return draw(self._title, self._interpreter.strand)
+
+    # ------------------------------------------------------------------------------------------ branches
+
+    def fork(self, size: int = 1) -> Group:
+        """Return `size` states that share all that this one holds; nothing is copied, re-sent or waited for.
+
+        They inherit text, variables, messages, meta information and the open role. Raises InvalidRequest if `size` is
+        not between 1 and 4096.
+        """
+        from bough.group import Group
+
+        return Group(self, self._fork(size, State))
+
+    def copy(self) -> Copy:
+        """Return one state that shares all that this one holds.
+
+        `with s.copy() as c:` also joins it: the variables that c assigns become lists of one in `s`.
+        """
+        from bough.group import Copy
+
+        (child,) = self._fork(1, Copy)
+        assert isinstance(child, Copy)
+        child._parent = self
+        return child
+
+    def _fork(self, size: int, kind: type[State]) -> list[State]:
+        if count("a fork's size", size) is None:
+            raise InvalidRequest("a fork's size must be a whole number, got None")
+        return [self._child(interpreter, kind) for interpreter in self._interpreter.fork(size)]
+
+    def _child(self, interpreter: Interpreter, kind: type[State]) -> State:
+        child = kind.__new__(kind)
+        child._title = self._title
+        child._run = self._run
+        child._feed = interpreter.feed = None if self._run is None or self._feed is None else self._run.new_feed()
+        child._interpreter = interpreter
+        child._variables = self._variables.copy()
+        child._assigned = {}
+        child._return_value = None
+        return child
+
+    def cancel(self) -> None:
+        """End what is running on this branch and its forks; reads of what was not done raise Cancelled.
+
+        The state takes no more text; what was done before can still be read.
+        """
+        self._interpreter.cancel()
+
+    # ------------------------------------------------------------------------------------------ the body's thread
+
+    def _body_finished(self) -> bool:
+        return self._run is None or self._run.finished
+
+    def _wait_for_body(self) -> None:
+        """Wait for a body that runs in a thread of its own, unless the caller is that body."""
+        run, feed = self._run, self._feed
+        if run is not None and feed is not None and run.thread_id != threading.get_ident():
+            feed.wait_until(lambda: run.finished)
+
+    def _raise_if_body_failed(self, what: str) -> None:
+        if self._run is not None:
+            self._run.reached(what)
+
+
+async def _all_done(futures: Sequence[Future[Any]]) -> None:
+    """Wait for futures without raising; a cancelled wait leaves the operations alone."""
+    import asyncio
+
+    waiting = [asyncio.wrap_future(future) for future in futures]
+    if waiting:
+        await asyncio.shield(asyncio.gather(*waiting, return_exceptions=True))

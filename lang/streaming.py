@@ -1,0 +1,202 @@
+"""Reading a state's text while it grows.
+
+The program's body runs in one thread, deltas arrive in another, and any number of readers follow. Readers hold their
+own position in what there is so far, so no chunk can be lost or taken by another reader; a feed only tells them that
+there is more. The walk over the text is written once, as a generator that yields None where it would have to wait,
+and is driven by a waiting loop or by an awaiting one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
+
+from bough.errors import ProgramError
+from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, read
+
+if TYPE_CHECKING:
+    from bough.state import State
+
+
+class Feed:
+    """Tells readers that a state has more to read."""
+
+    __slots__ = ("_changed", "_once", "version")
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._once: list[Callable[[], None]] = []
+        self.version = 0
+
+    def notify(self) -> None:
+        """Wake every reader."""
+        with self._changed:
+            self.version += 1
+            self._changed.notify_all()
+            calls, self._once = self._once, []
+        for call in calls:
+            call()
+
+    def wait(self, seen: int) -> None:
+        """Return once there is something newer than `seen`."""
+        with self._changed:
+            while self.version == seen:
+                self._changed.wait()
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Return once the condition holds; whoever makes it hold notifies."""
+        with self._changed:
+            self._changed.wait_for(is_so)
+
+    async def wait_async(self, seen: int) -> None:
+        """Return once there is something newer than `seen`, leaving the event loop free."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        with self._changed:
+            if self.version != seen:
+                return
+            self._once.append(lambda: _tell(loop, ready))
+        await ready.wait()
+
+
+def _tell(loop: object, ready: object) -> None:
+    import asyncio
+
+    assert isinstance(loop, asyncio.AbstractEventLoop)
+    assert isinstance(ready, asyncio.Event)
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(ready.set)
+
+
+class Run:
+    """A program's body running in a thread of its own, and how it ended."""
+
+    __slots__ = ("_feeds", "_lock", "error", "finished", "thread_id")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._feeds: list[Feed] = []
+        self.finished = False
+        self.error: BaseException | None = None
+        self.thread_id = 0
+
+    def new_feed(self) -> Feed:
+        """Return a feed that also tells when the body ends."""
+        feed = Feed()
+        with self._lock:
+            self._feeds.append(feed)
+        return feed
+
+    def finish(self, error: BaseException | None) -> None:
+        """Record how the body ended, and tell all readers."""
+        with self._lock:
+            self.error = error
+            self.finished = True
+            feeds, self._feeds = self._feeds, []
+        for feed in feeds:
+            feed.notify()
+
+    def reached(self, what: str) -> None:
+        """Raise ProgramError if the body raised before it produced `what`."""
+        if self.error is not None:
+            error = self.error
+            raise ProgramError(f"the program raised {type(error).__name__}: {error}, before {what}") from error
+
+
+def iterate(state: State, feed: Feed, name: str | None) -> Iterator[str]:
+    """Yield the text, or one variable's, as it comes."""
+    steps = _steps(state, name)
+    while True:
+        seen = feed.version
+        try:
+            chunk = next(steps)
+        except StopIteration:
+            return
+        if chunk is None:
+            feed.wait(seen)
+        elif chunk:
+            yield chunk
+
+
+async def iterate_async(state: State, feed: Feed, name: str | None) -> AsyncIterator[str]:
+    """Yield the text, or one variable's, as it comes, leaving the event loop free."""
+    steps = _steps(state, name)
+    while True:
+        seen = feed.version
+        try:
+            chunk = next(steps)
+        except StopIteration:
+            return
+        if chunk is None:
+            await feed.wait_async(seen)
+        elif chunk:
+            yield chunk
+
+
+def _steps(state: State, name: str | None) -> Iterator[str | None]:
+    return _text_steps(state) if name is None else _variable_steps(state, name)
+
+
+def _text_steps(state: State) -> Iterator[str | None]:
+    interpreter = state._interpreter
+    for item in all_items(interpreter.trunk, Strand()):
+        yield from _item_steps(state, item)
+    position = 0
+    while True:
+        finished = state._body_finished()  # read before the pieces: what is appended in between is seen
+        items = interpreter.strand.items
+        while position < len(items):
+            yield from _item_steps(state, items[position])
+            position += 1
+        if finished:
+            break
+        yield None
+    state._raise_if_body_failed("its text was complete")
+
+
+def _variable_steps(state: State, name: str) -> Iterator[str | None]:
+    while name not in state:
+        if state._body_finished() and name not in state:
+            state._raise_unknown(name)
+        yield None
+    value = state._variables[name]
+    if isinstance(value, GenCall) and value.chunks is not None:
+        yield from _item_steps(state, value)
+        return
+    if isinstance(value, LAZY):
+        while not all(future.done() for future in value.futures()):
+            yield None
+    result = read(value)
+    yield result if isinstance(result, str) else str(result)
+
+
+def _item_steps(state: State, item: Item) -> Iterator[str | None]:
+    if isinstance(item, str):
+        yield item
+        return
+    if isinstance(item, Mark) and item.reply is None:
+        state._interpreter.flush()
+    if isinstance(item, GenCall) and item.chunks is not None:
+        yield from _chunk_steps(item, item.chunks)
+        return
+    futures = (item.reply,) if isinstance(item, Mark) else item.futures()
+    while not all(future is None or future.done() for future in futures):
+        yield None
+    yield item.text()
+
+
+def _chunk_steps(call: GenCall, chunks: list[str]) -> Iterator[str | None]:
+    position = length = 0
+    while True:
+        done = call.replies[0].done()  # read before the chunks: deltas arrive before the end
+        while position < len(chunks):
+            length += len(chunks[position])
+            yield chunks[position]
+            position += 1
+        if done:
+            break
+        yield None
+    yield call.text()[length:]
