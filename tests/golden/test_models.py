@@ -25,7 +25,8 @@ def runner(variant: str, page_size: int = 16) -> Runner:
 @cache
 def expected_tokens(variant: str, length: int) -> list[int]:
     """Return transformers' greedy continuation of `random_ids(length, seed=length)`."""
-    model, ids = oracle(variant), random_ids(length, seed=length).tolist()
+    model = oracle(variant)
+    ids: list[int] = random_ids(length, seed=length).tolist()
     with torch.inference_mode():
         for _ in range(NUM_NEW):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -133,7 +134,7 @@ def test_a_sharded_16_bit_checkpoint_gives_the_logits_of_its_rounded_weights() -
     assert len(list(folder.glob("*.safetensors"))) > 1
     device = load_runner(folder, dtype="fp32", max_total_tokens=CONTEXT_LEN)
     assert (device.config.dtype, device.dtype) == ("bfloat16", "float32")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = random_ids(50, seed=4)
     with torch.inference_mode():
         expected = model(torch.tensor(ids[None].astype(np.int64))).logits[0]

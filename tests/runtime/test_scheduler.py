@@ -1,0 +1,274 @@
+"""The scheduler on a fake runner: the same tokens under every schedule, budgets kept, nobody starves or leaks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import FakeRunner, logprob, next_token
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.protocol import RequestError, SamplingParams
+from bough.runtime.scheduler import Scheduler
+from bough.runtime.sequence import Sequence, Status
+
+
+class Bench:
+    """A scheduler with a fake runner and the engine's smallest possible stand-in."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        page_size: int = 4,
+        budget: int = 16,
+        max_running: int = 8,
+        policy: str = "lpm",
+        cache: bool = True,
+    ) -> None:
+        self.cache = PrefixCache(pages, page_size, enabled=cache)
+        self.runner = FakeRunner(pages, page_size)
+        self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=max_running, policy=policy)
+        self.scores: dict[Sequence, list[float]] = {}
+        self.exhausted: list[Sequence] = []
+
+    def generate(self, prompt: list[int], num_tokens: int, **options: object) -> Sequence:
+        sequence = Sequence(
+            np.array(prompt, dtype=np.int32),
+            params=SamplingParams(max_tokens=num_tokens),
+            **options,  # type: ignore[arg-type]
+        )
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def score(self, context: list[int], ids: list[int]) -> Sequence:
+        sequence = Sequence(np.array(context + ids, dtype=np.int32), score_start=len(context))
+        self.scores[sequence] = []
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def step(self) -> bool:
+        step = self.scheduler.plan()
+        for sequence in self.scheduler.take_exhausted():
+            self.exhausted.append(sequence)
+            self.scheduler.finish(sequence)
+        if step is None:
+            return False
+        for outcome in self.scheduler.commit(step, self.runner.execute(step.batch)):
+            sequence = outcome.sequence
+            if sequence.params is None:
+                if outcome.result.score_logprobs is not None:
+                    self.scores[sequence].extend(outcome.result.score_logprobs.tolist())
+                is_done = sequence.num_computed == sequence.goal
+            else:
+                is_done = len(sequence.generated) == sequence.params.max_tokens
+            if is_done:
+                self.scheduler.finish(sequence)
+        self.scheduler.check_invariants()
+        return True
+
+    def run(self, limit: int = 2000) -> int:
+        for steps in range(limit):
+            if not self.scheduler.has_work:
+                return steps
+            self.step()
+        raise AssertionError(f"not done after {limit} steps")
+
+
+def expected(prompt: list[int], num_tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(next_token(ids, 100))
+    return ids[len(prompt) :]
+
+
+PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=14)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    work=st.lists(st.tuples(PROMPTS, st.integers(1, 9)), min_size=1, max_size=8),
+    page_size=st.sampled_from([1, 2, 3, 16]),
+    budget=st.integers(1, 20),
+    max_running=st.integers(1, 8),
+    spare=st.integers(0, 12),
+    policy=st.sampled_from(["lpm", "fcfs"]),
+    cache=st.booleans(),
+)
+def test_every_schedule_gives_the_same_tokens_and_returns_every_page(
+    work: list[tuple[list[int], int]],
+    page_size: int,
+    budget: int,
+    max_running: int,
+    spare: int,
+    policy: str,
+    cache: bool,
+) -> None:
+    largest = max(len(prompt) + num_tokens for prompt, num_tokens in work)
+    pages = -(-largest // page_size) + spare  # the smallest pool that can serve the largest, or a little more
+    bench = Bench(pages=pages, page_size=page_size, budget=budget, max_running=max_running, policy=policy, cache=cache)
+    sequences = [bench.generate(prompt, num_tokens) for prompt, num_tokens in work]
+    bench.run()
+    assert not bench.exhausted
+    for sequence, (prompt, num_tokens) in zip(sequences, work, strict=True):
+        assert sequence.generated.tolist() == expected(prompt, num_tokens)
+    counters = bench.scheduler.counters
+    assert counters.prompt_tokens == counters.cached_tokens + counters.computed_tokens
+    bench.cache.flush()
+    assert bench.cache.allocator.num_free == pages
+
+
+def test_a_second_identical_prompt_computes_only_its_last_token() -> None:
+    bench = Bench()
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    bench.generate(prompt, 2)
+    bench.run()
+    again = bench.generate(prompt, 2)
+    bench.run()
+    assert (again.cached_tokens, again.computed_tokens) == (6, 1)
+
+
+def test_sixty_four_forks_of_a_cold_prefix_prefill_it_once() -> None:
+    bench = Bench(pages=400, budget=64, max_running=64)
+    prefix = list(range(1, 51))
+    sequences = [bench.generate([*prefix, 60 + i], 1) for i in range(64)]
+    bench.run()
+    assert sum(s.computed_tokens for s in sequences) == len(prefix) + 64
+    assert bench.runner.num_computed == len(prefix) + 64
+
+
+def test_without_a_radix_cache_nothing_is_shared() -> None:
+    bench = Bench(cache=False, pages=100)
+    for _ in range(2):
+        bench.generate([1, 2, 3, 4, 5], 1)
+        bench.run()
+    assert bench.scheduler.counters.cached_tokens == 0
+    assert bench.cache.allocator.num_free == 100
+
+
+def test_namespaces_share_nothing() -> None:
+    bench = Bench()
+    for namespace in ("a", "b", "a"):
+        last = bench.generate([1, 2, 3, 4, 5], 1, namespace=namespace)
+        bench.run()
+    assert bench.scheduler.counters.cached_tokens == last.cached_tokens == 4
+
+
+def test_a_step_never_computes_more_than_the_token_budget() -> None:
+    bench = Bench(budget=7, pages=200)
+    for i in range(6):
+        bench.generate([10 + i] * 20, 5)
+    bench.run()
+    assert max(sum(len(row.token_ids) for row in batch.rows) for batch in bench.runner.batches) == 7
+
+
+def test_decodes_go_on_while_a_long_prompt_is_prefilled_in_chunks() -> None:
+    bench = Bench(budget=8, pages=200)
+    short = bench.generate([1, 2], 30)
+    bench.step()
+    bench.generate([5] * 100, 1)
+    for _ in range(10):
+        before = len(short.generated)
+        bench.step()
+        assert len(short.generated) == before + 1
+
+
+def test_no_plan_is_empty() -> None:
+    bench = Bench()
+    assert bench.scheduler.plan() is None
+    bench.generate([1, 2, 3], 1)
+    bench.run()
+    assert all(batch.rows for batch in bench.runner.batches)
+
+
+def test_when_pages_run_out_the_newest_is_preempted_and_loses_no_work() -> None:
+    bench = Bench(pages=10, page_size=2, budget=32)
+    first, second = bench.generate([1, 1, 1], 15), bench.generate([2, 2, 2], 15)
+    bench.run()
+    assert bench.scheduler.counters.preemptions > 0
+    assert first.num_preemptions == 0
+    assert first.generated.tolist() == expected([1, 1, 1], 15)
+    assert second.generated.tolist() == expected([2, 2, 2], 15)
+
+
+def test_a_sequence_that_outgrows_the_whole_pool_is_reported_once() -> None:
+    bench = Bench(pages=4, page_size=2)
+    sequence = bench.generate([1, 2, 3], 20)
+    bench.run()
+    assert bench.exhausted == [sequence]
+    assert len(sequence.tokens) == 9  # 8 slots hold KV, the last token needs none
+    bench.cache.flush()
+    assert bench.cache.allocator.num_free == 4
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_with_both_numbers() -> None:
+    bench = Bench(pages=4, page_size=2)
+    with pytest.raises(RequestError, match="9 tokens need 5 pages, the KV pool has 4"):
+        bench.generate([1] * 9, 1)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_finishing_at_any_step_boundary_gives_every_page_back(steps: int) -> None:
+    bench = Bench(budget=4, pages=40, max_running=2)
+    sequences = [bench.generate([1, 2, 3, 4, 5, 6, i], 4) for i in range(4)]
+    for _ in range(steps):
+        bench.step()
+    for sequence in sequences:
+        if sequence.status is not Status.FINISHED:
+            bench.scheduler.finish(sequence)
+    bench.scheduler.check_invariants()
+    assert not bench.scheduler.has_work
+    bench.cache.flush()
+    assert bench.cache.allocator.num_free == 40
+
+
+def test_a_sequence_cannot_finish_twice() -> None:
+    bench = Bench()
+    sequence = bench.generate([1, 2, 3], 1)
+    bench.run()
+    with pytest.raises(AssertionError, match="finished twice"):
+        bench.scheduler.finish(sequence)
+
+
+def test_a_paused_sequence_does_not_run_and_makes_room_for_others() -> None:
+    bench = Bench(pages=6, page_size=2, max_running=1)
+    stalled = bench.generate([1, 1, 1, 1], 20)
+    bench.step()
+    bench.scheduler.pause(stalled)
+    other = bench.generate([2, 2, 2, 2], 4)
+    bench.run()
+    assert other.generated.tolist() == expected([2, 2, 2, 2], 4)
+    assert not bench.scheduler.has_work
+    bench.scheduler.resume(stalled)
+    bench.run()
+    assert stalled in bench.exhausted or len(stalled.generated) > 1
+
+
+def test_longest_prefix_runs_first_but_age_wins_in_the_end() -> None:
+    bench = Bench(pages=400, max_running=1, budget=64)
+    bench.generate([7] * 40, 1)
+    bench.run()
+    cold = bench.generate([3] * 8, 1)
+    hits = [bench.generate([7] * 40 + [i], 1) for i in range(1, 5)]
+    bench.step()
+    assert hits[0].status is Status.FINISHED
+    assert cold.status is Status.WAITING
+    rounds = 0
+    while cold.status is not Status.FINISHED:
+        bench.generate([7] * 40 + [50 + rounds], 1)
+        bench.step()
+        rounds += 1
+        assert rounds < 10
+
+
+def test_scores_are_those_of_the_full_sequence_whatever_is_cached() -> None:
+    bench = Bench(budget=3)
+    context, choices = [1, 2, 3, 4, 5], [[6], [6, 7], [8, 9, 10, 11]]
+    for _ in range(2):
+        scored = [bench.score(context, ids) for ids in choices]
+        bench.run()
+        for sequence, ids in zip(scored, choices, strict=True):
+            full = [logprob([*context, *ids[:j]], token) for j, token in enumerate(ids)]
+            assert bench.scores[sequence] == full
+    assert scored[2].computed_tokens <= 4
