@@ -12,8 +12,8 @@
     ├── Timeout (TimeoutError)          the operation's own deadline passed
     ├── Cancelled                       the operation, its branch or an ancestor was cancelled
     ├── RuntimeLost                     the runtime died, went silent or was shut down; nothing of it is valid any more
+    │   └── ProtocolMismatch            what answers is no runtime of this version of the protocol
     ├── BackendError                    the backend failed in a way that has no name of its own
-    │   └── ProtocolMismatch            the peer speaks another version of the protocol
     └── ProgramError                    the program's own code raised; the exception is the `__cause__`
 
 A failure of the runtime is raised where the variable is read, not where the `gen` was written::
@@ -103,12 +103,12 @@ class RuntimeLost(BoughError):
     """The runtime is gone: it died, was shut down, hangs, or the connection broke."""
 
 
+class ProtocolMismatch(RuntimeLost):
+    """What answers does not speak this version of the protocol."""
+
+
 class BackendError(BoughError):
     """The backend failed inside, or in a way that has no class of its own."""
-
-
-class ProtocolMismatch(BackendError):
-    """The peer does not speak this version of the protocol."""
 
 
 class ProgramError(BoughError):

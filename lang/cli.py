@@ -1,0 +1,71 @@
+"""The `bough` command: serve a model, run a program."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+import bough
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="bough", description="A language for LLM programs, and its runtime.")
+    parser.add_argument("--version", action="version", version=f"bough {bough.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to programs of other processes",
+        description="Serve a model. Options that are not listed here are the runtime's: see python -m bough.runtime -h",
+    )
+    serve.add_argument("model", help='"pocket", a model folder, or a hub id')
+    serve.add_argument("--listen", required=True, metavar="ADDRESS", help="ipc:///path or tcp://host:port")
+
+    run = commands.add_parser("run", help="run a program's file with a default backend")
+    run.add_argument("--model", default="pocket", help='"pocket" (the default), a model folder, or a hub id')
+    run.add_argument("--address", help="use the runtime that listens there, and start none")
+    run.add_argument("file", help="the Python file; it runs as __main__")
+    run.add_argument("args", nargs=argparse.REMAINDER, help="passed on to the file")
+
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "serve":
+        return _serve(options.model, options.listen, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _run(options.file, options.args, options.model, options.address)
+
+
+def _serve(model: str, address: str, rest: Sequence[str]) -> int:
+    """Become the runtime: its exit status and signals are this command's."""
+    from bough.process import module_command
+
+    command = [*module_command(), model, "--listen", address, *rest]
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def _run(file: str, args: Sequence[str], model: str, address: str | None) -> int:
+    """Run the file as __main__ with a runtime as its default backend."""
+    if not os.path.isfile(file):
+        print(f"bough: there is no file {file}", file=sys.stderr)
+        return 2
+    try:
+        backend = bough.RuntimeClient(address) if address is not None else bough.Runtime(model)
+    except bough.BoughError as error:
+        print(f"bough: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    before = sys.argv, sys.path[:]
+    with backend:
+        bough.set_default_backend(backend)
+        sys.argv = [file, *args]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
+        try:
+            runpy.run_path(file, run_name="__main__")
+        finally:
+            sys.argv, sys.path[:] = before
+            bough.set_default_backend(None)
+    return 0

@@ -1,0 +1,225 @@
+"""`Runtime`: starts a runtime process, waits until it serves, stops it, and is a backend meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from bough.backend import Branch, Generation, OnDelta
+from bough.client import RuntimeClient
+from bough.errors import InvalidRequest
+from bough.process import RuntimeProcess
+from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected
+
+SILENCE_S = 60.0
+"""How long this process's own runtime may be silent. Its death is seen at once; a long step of a large model is not."""
+
+
+class Runtime:
+    """A runtime process of this program's own; a backend, and a context manager.
+
+    model: "pocket" (the bundled one), a model folder, or a hub id. dtype: "float32" or "bfloat16"; device: "cpu" or
+    "cuda"; None lets the runtime choose. page_size: tokens per page of the KV cache; max_total_tokens: tokens the cache
+    holds; token_budget: most tokens of one step; max_running: most sequences of one step. schedule_policy: "lpm"
+    (longest cached prefix first) or "fcfs". radix_cache=False shares nothing between requests. seed: of everything
+    sampled without a seed of its own. start_timeout: seconds until the runtime must serve.
+
+    The process ends with `shutdown`, with the `with` block, with this object, or with this process, whatever ends it.
+
+    Raises InvalidRequest for bad values, UnsupportedModel for a model that cannot be loaded, and RuntimeLost if the
+    process dies before it serves.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "pocket",
+        *,
+        model_path: str | os.PathLike[str] | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        page_size: int = 16,
+        max_total_tokens: int | None = None,
+        token_budget: int | None = None,
+        max_running: int | None = None,
+        schedule_policy: str = "lpm",
+        radix_cache: bool = True,
+        seed: int | None = None,
+        log_level: str = "warning",
+        start_timeout: float = 120.0,
+    ) -> None:
+        if model_path is not None:
+            if model != "pocket":
+                raise InvalidRequest("model_path is another name of model: give one of them")
+            model = model_path
+        options = runtime_options(
+            dtype=dtype,
+            device=device,
+            page_size=page_size,
+            max_total_tokens=max_total_tokens,
+            token_budget=token_budget,
+            max_running=max_running,
+            schedule_policy=schedule_policy,
+            radix_cache=radix_cache,
+            seed=seed,
+            log_level=log_level,
+        )
+        if not isinstance(start_timeout, (int, float)) or isinstance(start_timeout, bool) or not start_timeout > 0:
+            raise InvalidRequest(f"start_timeout must be a positive number of seconds, got {start_timeout!r}")
+        deadline = time.monotonic() + start_timeout
+        self._process = RuntimeProcess(_model_argument(model), options, deadline)
+        try:
+            left = max(1.0, deadline - time.monotonic())
+            watch = self._process.reason_of_death
+            self._client = RuntimeClient(self._process.address, timeout=left, silence_timeout=SILENCE_S, watch=watch)
+        except BaseException:
+            self._process.stop()
+            raise
+        self._finalizer = weakref.finalize(self, _shutdown, self._client, self._process)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        return f"<Runtime {self._client.welcome.model} pid {self.pid} at {self.address}>"
+
+    def shutdown(self) -> None:
+        """Stop the process and wait for its end; whoever still waits gets RuntimeLost. Idempotent."""
+        self._finalizer()
+
+    @property
+    def address(self) -> str:
+        """Where the runtime listens; other processes of this user can reach it with RuntimeClient(address)."""
+        return self._process.address
+
+    @property
+    def pid(self) -> int:
+        """The process id of the runtime."""
+        return self._process.pid
+
+    @property
+    def client(self) -> RuntimeClient:
+        """The connection to the runtime."""
+        return self._client
+
+    # ------------------------------------------------------------------------------------------ backend
+
+    def open(self) -> Branch:
+        """Start an empty branch."""
+        return self._client.open()
+
+    def fork(self, branch: Branch, count: int) -> list[Branch]:
+        """Start `count` branches that share all that `branch` holds."""
+        return self._client.fork(branch, count)
+
+    def extend(self, branch: Branch, parts: Sequence[Part], *, commit: bool = False) -> Future[Extended]:
+        """Append text and roles."""
+        return self._client.extend(branch, parts, commit=commit)
+
+    def generate(
+        self,
+        branch: Branch,
+        params: SamplingParams,
+        *,
+        name: str | None = None,
+        on_delta: OnDelta | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Generation]:
+        """Sample tokens and append them."""
+        return self._client.generate(branch, params, name=name, on_delta=on_delta, timeout_s=timeout_s)
+
+    def select(
+        self,
+        branch: Branch,
+        choices: Sequence[str],
+        method: ChoiceMethod,
+        *,
+        name: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Selected]:
+        """Score the choices and append the best."""
+        return self._client.select(branch, choices, method, name=name, timeout_s=timeout_s)
+
+    def score(
+        self,
+        branch: Branch,
+        choices: Sequence[str],
+        method: ChoiceMethod,
+        *,
+        name: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[Selected]:
+        """Score the choices and append nothing."""
+        return self._client.score(branch, choices, method, name=name, timeout_s=timeout_s)
+
+    def rollback(self, branch: Branch, length: int) -> Future[Extended]:
+        """Cut the branch back to its first `length` tokens."""
+        return self._client.rollback(branch, length)
+
+    def cancel(self, branch: Branch) -> Future[int]:
+        """End every operation of the branch and of its descendants."""
+        return self._client.cancel(branch)
+
+    def release(self, branches: Sequence[Branch]) -> None:
+        """Forget branches; never raises."""
+        self._client.release(branches)
+
+    def stats(self) -> dict[str, int | float | str]:
+        """Return the runtime's counters: tokens cached, computed and generated, pages, branches, steps."""
+        return self._client.stats()
+
+    def flush_cache(self) -> None:
+        """Drop every cached prefix that is not in use."""
+        self._client.flush_cache()
+
+    def server_info(self) -> dict[str, object]:
+        """Return what the runtime said of itself."""
+        return self._client.server_info()
+
+
+def runtime_options(**given: Any) -> list[str]:
+    """Return the command-line options of the runtime process. Raises InvalidRequest for values that cannot be."""
+    for name in ("page_size", "max_total_tokens", "token_budget", "max_running", "seed"):
+        value, least = given[name], 0 if name == "seed" else 1
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise InvalidRequest(f"{name} must be a whole number of at least {least}, got {value!r}", field=name)
+    if given["page_size"] is None:
+        raise InvalidRequest("page_size must be a whole number of at least 1, got None", field="page_size")
+    for name, allowed in _ALLOWED.items():
+        if given[name] is not None and given[name] not in allowed:
+            raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}", field=name)
+    if not isinstance(given["radix_cache"], bool):
+        raise InvalidRequest(f"radix_cache must be True or False, got {given['radix_cache']!r}", field="radix_cache")
+    options = [] if given.pop("radix_cache") else ["--no-radix-cache"]
+    for name, value in given.items():
+        if value is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return options
+
+
+_ALLOWED = {
+    "dtype": ("float32", "bfloat16", "float16", "auto"),
+    "schedule_policy": ("lpm", "fcfs"),
+    "log_level": ("debug", "info", "warning", "error", "critical"),
+}
+
+
+def _model_argument(model: object) -> str:
+    """Return the model as the process needs it: it runs in another folder, so a path must be absolute."""
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise InvalidRequest(f'model must be "pocket", a folder or a hub id, got {model!r}', field="model")
+    name = str(os.fspath(model))
+    looks_like_path = isinstance(model, os.PathLike) or name.startswith((".", "/", "~"))
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if looks_like_path or (name != "pocket" and os.path.isdir(path)) else name
+
+
+def _shutdown(client: RuntimeClient, process: RuntimeProcess) -> None:
+    client.close()
+    process.stop()

@@ -1,0 +1,226 @@
+"""The runtime's process, as its parent sees it: started, watched while it loads, stopped for sure.
+
+The child gets three pipes. On `--status-fd` it writes JSON lines: loading (bytes done and in total), then ready or
+failed. Its standard input is held open and never written: when this process ends, even by SIGKILL, the child reads the
+end of it and exits. Its standard error is passed on, and the tail kept to explain a death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Final
+
+from bough.errors import BoughError, ResourceExhausted, RuntimeLost, Timeout, from_kind
+
+MAX_PATH_BYTES: Final = 100
+"""A Unix socket's path has 107 bytes at most (sun_path), less on other systems."""
+TAIL_LINES: Final = 40
+TERMINATE_S: Final = 5.0
+QUIET_S: Final = 1.0
+"""Loading that takes longer shows its progress, if someone is watching."""
+
+
+class RuntimeProcess:
+    """A running `python -m bough.runtime`; `stop` is idempotent."""
+
+    def __init__(self, model: str, options: Sequence[str], deadline: float) -> None:
+        self._parent_pid = os.getpid()
+        self._folder = _private_folder()
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._stopped = False
+        self.address = f"ipc://{self._folder}/s"
+        status, child_status = os.pipe()
+        try:
+            self._popen = subprocess.Popen(
+                [
+                    *module_command(),
+                    model,
+                    *("--listen", self.address),
+                    *("--status-fd", str(child_status)),
+                    *("--parent-pid", str(self._parent_pid)),
+                    *options,
+                ],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(child_status,),
+                cwd=self._folder,  # nothing to import by accident
+                start_new_session=True,  # Ctrl-C is for the program, which then shuts the runtime down
+            )
+        except BaseException:
+            os.close(status)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(child_status)
+        assert self._popen.stderr is not None, "asked for above"
+        self._reader = threading.Thread(
+            target=_pass_on, args=(self._popen.stderr, self._tail), name="bough-runtime-stderr", daemon=True
+        )
+        self._reader.start()
+        try:
+            with os.fdopen(status, "rb", buffering=0) as pipe:
+                self.address = self._wait_until_ready(pipe, deadline)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._popen.pid
+
+    def reason_of_death(self) -> str | None:
+        """Return why the process has ended, or None while it runs."""
+        code = self._popen.poll()
+        return None if code is None else f"the runtime (pid {self.pid}) {_how(code)}{self._last_words()}"
+
+    def stop(self) -> None:
+        """End the process: politely, then for sure; remove its folder."""
+        if self._stopped or os.getpid() != self._parent_pid:  # a forked child must not stop its parent's runtime
+            return
+        self._stopped = True
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGTERM)
+            try:
+                self._popen.wait(TERMINATE_S)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
+        assert self._popen.stdin is not None, "asked for at the start"
+        with contextlib.suppress(OSError):
+            self._popen.stdin.close()
+        self._reader.join(TERMINATE_S)
+        assert self._popen.stderr is not None, "asked for at the start"
+        self._popen.stderr.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------ start
+
+    def _wait_until_ready(self, pipe: IO[bytes], deadline: float) -> str:
+        with _progress() as show:
+            for status in _status_lines(pipe, deadline):
+                if status is None:
+                    raise Timeout("the runtime was not ready in time (start_timeout)", phase="loading")
+                phase = status.get("phase")
+                if phase == "loading":
+                    show(int(status.get("done", 0)), int(status.get("total", 0)))
+                elif phase == "failed":
+                    raise _failure(status)
+                elif phase == "ready":
+                    return str(status.get("address") or self.address)
+        raise self._death_at_start()
+
+    def _death_at_start(self) -> BoughError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(TERMINATE_S)
+        self._reader.join(1.0)
+        code = self._popen.poll()
+        how = "closed its status pipe" if code is None else _how(code)
+        kind = ResourceExhausted if code == -signal.SIGKILL else RuntimeLost
+        return kind(f"the runtime {how} before it was ready{self._last_words()}", exit_code=code)
+
+    def _last_words(self) -> str:
+        return "" if not self._tail else "; the end of its log:\n" + "".join(self._tail).rstrip()
+
+
+def module_command() -> list[str]:
+    """Return the command that runs the runtime without putting any folder of the user's on its import path.
+
+    With the repository on that path, transformers imports our `kernels` folder as its own optional package.
+    """
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", "bough.runtime"]
+    start = "import runpy, sys; del sys.path[0]; runpy.run_module('bough.runtime', run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", start]
+
+
+def _private_folder() -> str:
+    """Make a new folder that only this user can enter, with a path short enough for a socket in it."""
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        folder = tempfile.mkdtemp(prefix="bough-", dir=parent)
+        if len(os.fsencode(folder)) + 2 <= MAX_PATH_BYTES:
+            return folder
+        os.rmdir(folder)
+    raise RuntimeLost(f"no folder for a socket has a path of at most {MAX_PATH_BYTES} bytes")
+
+
+def _status_lines(pipe: IO[bytes], deadline: float) -> Iterator[dict[str, Any] | None]:
+    """Yield what the child reports, None if it is too slow; end when it has closed the pipe."""
+    rest = b""
+    while True:
+        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            yield None
+            return
+        chunk = pipe.read(65536)
+        if not chunk:
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                status = json.loads(line)
+                if isinstance(status, dict):
+                    yield status
+
+
+def _failure(status: dict[str, Any]) -> BoughError:
+    details = status.get("details")
+    return from_kind(
+        str(status.get("kind")),
+        str(status.get("message", "the runtime could not start")),
+        details if isinstance(details, dict) else None,
+    )
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"
+
+
+def _pass_on(stream: IO[bytes], tail: deque[str]) -> None:
+    """Copy the child's log to our standard error, and keep the end of it."""
+    with contextlib.suppress(ValueError):  # the stream was closed while this thread read it
+        for line in stream:
+            text = line.decode(errors="replace")
+            tail.append(text)
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """Show bytes loaded on a terminal, once loading has taken a second."""
+    started = time.monotonic()
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            if time.monotonic() - started < QUIET_S or sys.stderr is None or not sys.stderr.isatty():
+                return
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False)
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
