@@ -54,14 +54,14 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Draw
 def score(logits: torch.Tensor, token_ids: IntArray) -> npt.NDArray[np.float64]:
     """Return (num_rows,) natural-log probabilities of token_ids[i] under logits[i]: (num_rows, vocab_size) float32."""
     _check_finite(logits)
-    chosen = logits.gather(1, torch.from_numpy(token_ids.astype(np.int64)).unsqueeze(1)).squeeze(1)
-    result: npt.NDArray[np.float64] = (chosen.double() - _log_total(logits)).numpy()
+    ids = torch.from_numpy(token_ids.astype(np.int64)).unsqueeze(1)
+    result: npt.NDArray[np.float64] = _log_softmax(logits).gather(1, ids).squeeze(1).numpy()
     return result
 
 
-def _log_total(logits: torch.Tensor) -> torch.Tensor:
-    """Return (num_rows,) float64 log of the sum of exp(logits), summed in float64."""
-    return torch.logsumexp(logits.double(), dim=-1)
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return float64 log-probabilities, like logits; a row is summed by one thread (torch.logsumexp would split it)."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float64)
 
 
 def _check_finite(logits: torch.Tensor) -> None:
@@ -80,8 +80,7 @@ def _logprobs(logits: torch.Tensor, rows: list[int]) -> dict[int, torch.Tensor]:
     """Return each row's (vocab_size,) float64 log-probabilities, before anything modifies its logits."""
     if not rows:
         return {}
-    picked = logits[rows].double()
-    return dict(zip(rows, picked - _log_total(picked).unsqueeze(-1), strict=True))
+    return dict(zip(rows, _log_softmax(logits[rows]), strict=True))
 
 
 def _result(token: int, logprobs: torch.Tensor | None, num_top: int | None) -> Draw:

@@ -130,6 +130,13 @@ class RMSNorm:
 
 
 def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) · up for gate_up (num_rows, 2 * size), the two side by side: (num_rows, size)."""
+    """Return silu(gate) · up for gate_up (num_rows, 2 * size), the two side by side: (num_rows, size).
+
+    Not F.silu: where it hands a share of the elements to a thread, the last few are computed one by one, and differ in
+    the last bit from the same ones computed 16 at a time. A share ends in the middle of a row, so a row's bits would
+    depend on the batch. exp has no such tail. It costs 5 us a layer at one row, 0.4 ms at 512 rows of 1,408.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    gate = gate.float()
+    divisor = gate.neg().exp_().add_(1)
+    return torch.div(gate, divisor, out=divisor).to(up.dtype).mul_(up)

@@ -1,0 +1,155 @@
+"""CPU attention against its definition in float64, at odd shapes, over scattered pages with NaN in every other slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from bough.kernels.attention import PagedLayout, paged_attention, plan_attention, store_kv
+from bough.kernels.reference import paged_attention as definition
+
+CPU = torch.device("cpu")
+HEADS = [(4, 4, 16), (4, 2, 32), (8, 1, 64), (14, 2, 64), (6, 2, 80)]  # multi-head, grouped, multi-query
+# (tokens of the sequence, new ones), around the sizes of query blocks (16), key chunks (128) and pages
+SEQUENCES = [
+    (1, 1),
+    (15, 15),
+    (16, 16),
+    (17, 17),
+    (40, 3),
+    (128, 1),
+    (129, 1),
+    (300, 1),
+    (300, 37),
+    (1000, 1),
+    (33, 33),
+]
+
+
+@dataclass
+class Case:
+    layout: PagedLayout
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+
+
+def make_case(
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int, int] = (4, 2, 32),
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Return sequences (kv_len, new tokens) over shuffled pages; their content depends on seed and place."""
+    num_heads, num_kv_heads, head_dim = heads
+    num_pages = [-(-kv_len // page_size) for kv_len, _ in sequences]
+    order = np.random.default_rng(seed).permutation(sum(num_pages) + 3).astype(np.int32)[: sum(num_pages)]
+    shape = (sum(num_pages) + 3, page_size, num_kv_heads, head_dim)
+    k_pages, v_pages = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
+    kv_indptr = np.concatenate([[0], np.cumsum(num_pages)]).astype(np.int32)
+    queries = []
+    for b, (kv_len, num_new) in enumerate(sequences):
+        generator = torch.Generator().manual_seed(1000 * seed + b)
+        k, v = (torch.randn(kv_len, num_kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+        queries.append(torch.randn(kv_len, num_heads, head_dim, generator=generator).to(dtype)[kv_len - num_new :])
+        positions = np.arange(kv_len)
+        slots = order[kv_indptr[b] + positions // page_size].astype(np.int64) * page_size + positions % page_size
+        store_kv(k, v, k_pages, v_pages, torch.from_numpy(slots))
+    layout = PagedLayout(
+        np.concatenate([[0], np.cumsum([n for _, n in sequences])]).astype(np.int32),
+        kv_indptr,
+        order,
+        np.array([kv_len for kv_len, _ in sequences], dtype=np.int32),
+        np.array([n == 1 for _, n in sequences]),
+        page_size,
+    )
+    return Case(layout, torch.cat(queries), k_pages, v_pages)
+
+
+def run(case: Case) -> torch.Tensor:
+    plan = plan_attention(case.layout, case.q.shape[1], case.k_pages.shape[2], CPU)
+    return paged_attention(case.q, case.k_pages, case.v_pages, plan, case.q.shape[-1] ** -0.5)
+
+
+def run_definition(case: Case) -> torch.Tensor:
+    arrays = (case.layout.qo_indptr, case.layout.kv_indptr, case.layout.kv_indices, case.layout.kv_lens)
+    q, k, v = case.q.double(), case.k_pages.double(), case.v_pages.double()
+    return definition(q, k, v, *map(torch.from_numpy, arrays), q.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+def test_float32_agrees_with_the_definition(heads: tuple[int, int, int], page_size: int) -> None:
+    case = make_case(SEQUENCES, heads, page_size)
+    torch.testing.assert_close(run(case).double(), run_definition(case), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_bfloat16_agrees_with_the_definition(heads: tuple[int, int, int]) -> None:
+    """The result is rounded to 8 bits; inputs of the definition are the same rounded ones."""
+    case = make_case(SEQUENCES, heads, dtype=torch.bfloat16)
+    torch.testing.assert_close(run(case).double(), run_definition(case), atol=1e-2, rtol=1e-2)
+
+
+def test_the_definition_is_scaled_dot_product_attention() -> None:
+    case = make_case([(50, 50)], (4, 4, 16))
+    pages = torch.from_numpy(case.layout.kv_indices).long()
+    k, v = (x[pages].flatten(0, 1)[:50].transpose(0, 1).double() for x in (case.k_pages, case.v_pages))
+    expected = torch.nn.functional.scaled_dot_product_attention(case.q.transpose(0, 1).double(), k, v, is_causal=True)
+    torch.testing.assert_close(run_definition(case), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    whole = run(make_case(SEQUENCES, heads, dtype=dtype))
+    ends = np.cumsum([n for _, n in SEQUENCES])
+    for count in (1, 2, 5, 8):
+        part = run(make_case(SEQUENCES[:count], heads, dtype=dtype))
+        assert torch.equal(part, whole[: ends[count - 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_gives_the_same_bits_in_batches_of_1_to_40(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    sequences = [(1 + 37 * i % 700, 1) for i in range(40)]
+    whole = run(make_case(sequences, heads, dtype=dtype))
+    for count in range(1, 40, 3):
+        assert torch.equal(run(make_case(sequences[:count], heads, dtype=dtype)), whole[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_prefill_gives_the_same_bits_in_any_chunks(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """A chunk sees only the slots written so far: the keys that its last block lacks are NaN here."""
+    whole = make_case([(200, 200)], heads, dtype=dtype)
+    expected = run(whole)
+    for chunk in (1, 7, 16, 50, 199):
+        k_pages, v_pages = torch.full_like(whole.k_pages, torch.nan), torch.full_like(whole.v_pages, torch.nan)
+        for start in range(0, 200, chunk):
+            end = min(start + chunk, 200)
+            pages = whole.layout.kv_indices[: -(-end // 16)]
+            positions = np.arange(start, end)
+            slots = pages[positions // 16].astype(np.int64) * 16 + positions % 16
+            for to, source in ((k_pages, whole.k_pages), (v_pages, whole.v_pages)):
+                to.flatten(0, 1)[slots] = source.flatten(0, 1)[slots]
+            layout = PagedLayout(
+                np.array([0, end - start], dtype=np.int32),
+                np.array([0, len(pages)], dtype=np.int32),
+                pages,
+                np.array([end], dtype=np.int32),
+                np.array([False]),
+                16,
+            )
+            part = run(Case(layout, whole.q[start:end], k_pages, v_pages))
+            assert torch.equal(part, expected[start:end])
+
+
+def test_an_unknown_device_is_refused() -> None:
+    case = make_case([(3, 3)])
+    with pytest.raises(RuntimeError, match="no kernels for device 'meta'"):
+        plan_attention(case.layout, 4, 2, torch.device("meta"))
