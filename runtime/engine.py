@@ -127,6 +127,9 @@ class Engine:
             self._dispatch(operation, request)
         except RequestError as error:
             operation.fail(error)
+        except Exception as error:  # a bug of ours costs this operation, not the loop
+            log.exception("%s failed", type(request).__name__.lower())
+            self._fail(operation, RequestError("internal", f"{type(error).__name__}: {error}"))
 
     def _dispatch(self, operation: Operation, request: Request) -> None:
         session = operation.session

@@ -1,0 +1,57 @@
+# make demo    a fresh machine -> a program running on its own runtime, offline with the bundled model
+# make test    the whole suite
+# make check   what CI checks besides the tests: format, lint, types, layering
+#
+# PYTHON picks the interpreter of .venv; PIP_ARGS, PIP_* variables and pip's own configuration are passed to pip.
+# To bring your own torch (a CUDA build, say): make VENV_ARGS=--system-site-packages ..., or install it into .venv first.
+
+PYTHON ?= python3
+VENV_ARGS ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := lang runtime kernels tests examples benchmarks
+
+.PHONY: demo test check format pocket pocket-eval bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	scripts/typetree
+	$(BIN)/mypy -p bough
+	$(BIN)/mypy examples benchmarks tests
+	$(BIN)/pytest -q tests/test_architecture.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+pocket: $(VENV)/.installed-dev
+	$(BIN)/python -P -m bough.runtime.pocket.train --out build/pocket
+
+pocket-eval: $(VENV)/.installed
+	$(BIN)/python -P -m bough.runtime.pocket.evaluate
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_serving.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .typetree build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
