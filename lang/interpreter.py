@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -53,10 +54,10 @@ class Interpreter:
     """One growing text: what was appended, and the branch that carries it out."""
 
     __slots__ = (
+        "_ancestors",
         "_closed",
         "_last_extend",
         "_sent",
-        "_siblings",
         "backend",
         "feed",
         "lease",
@@ -78,7 +79,7 @@ class Interpreter:
         self.role: str | None = None
         self._sent = 0  # [0, sent) of the strand is with the backend   [sent, ...) waits for something to need it
         self._last_extend: Future[protocol.Extended] | None = None
-        self._siblings: list[tuple[Branch, Future[Any]]] = []
+        self._ancestors: list[tuple[Branch, Sequence[Future[Any]]]] = []  # left behind by gens with n > 1
         self._closed: BoughError | None = None
 
     # ------------------------------------------------------------------------------------------ append
@@ -148,12 +149,23 @@ class Interpreter:
         return collect
 
     def _continue_on_first(self, branches: Sequence[Branch], replies: Sequence[Future[Any]]) -> None:
-        """Own the first of the new branches; the others are released, and go once their text is there."""
-        self._siblings = [(branch, reply) for branch, reply in self._siblings if not reply.done()]
-        self._siblings += zip(branches[1:], replies[1:], strict=True)
+        """Own the first of the new branches; the old one and the others are released when all are done.
+
+        Not before, because a cancel has to name the old one: earlier operations may still run on it.
+        """
         old = self.lease.take()
+        assert old is not None, "it was forked just now"
         self.lease.branch = branches[0]
-        self.backend.release([branch for branch in (old, *branches[1:]) if branch is not None])
+        self._ancestors = [(branch, left) for branch, left in self._ancestors if not _all_done(left)]
+        self._ancestors.append((old, replies))
+        backend, others, ended = self.backend, (old, *branches[1:]), count(1)
+
+        def release(_: Future[Any]) -> None:
+            if next(ended) == len(replies):
+                backend.release(others)
+
+        for reply in replies:
+            reply.add_done_callback(release)
 
     def _select(self, select: Select) -> Call:
         self.flush()
@@ -247,10 +259,10 @@ class Interpreter:
             if self._closed is not None:
                 return
             self._closed = Cancelled("this branch was cancelled")
-            for branch in [branch for branch, reply in self._siblings if not reply.done()]:
-                self.backend.cancel(branch)
-            if self.lease.branch is not None:
-                self.backend.cancel(self.lease.branch)
+            running = [branch for branch, replies in self._ancestors if not _all_done(replies)]
+            oldest = running[0] if running else self.lease.branch
+            if oldest is not None:  # all the others descend from it
+                self.backend.cancel(oldest)
 
     def close(self, reason: BoughError) -> Branch | None:
         """Take no more, and hand the branch to whoever releases it; what was appended can still be read."""
@@ -269,6 +281,10 @@ class Interpreter:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise self._closed.again()
+
+
+def _all_done(futures: Sequence[Future[Any]]) -> bool:
+    return all(future.done() for future in futures)
 
 
 def _parts_of(items: Sequence[Item]) -> tuple[list[protocol.Part], list[Mark]]:

@@ -204,9 +204,9 @@ def runtime_options(**given: Any) -> list[str]:
 
 
 _ALLOWED = {
-    "dtype": ("float32", "bfloat16", "float16", "auto"),
+    "dtype": ("float32", "bfloat16"),
     "schedule_policy": ("lpm", "fcfs"),
-    "log_level": ("debug", "info", "warning", "error", "critical"),
+    "log_level": ("debug", "info", "warning", "error"),
 }
 
 

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # its own class before Python 3.11
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final, TypeAlias
@@ -120,14 +121,13 @@ class Link:
         hello: Future[protocol.Welcome] = Future()
         self.send(protocol.Hello(next(self.ops), f"bough pid {self._pid}"), Entry(protocol.Welcome, None, hello))
         try:
-            self.welcome = hello.result(timeout_s)
+            return hello.result(timeout_s)
         except BoughError:
             self.stop()
             raise
-        except TimeoutError:
+        except FutureTimeout:
             self.stop()
             raise RuntimeLost(f"no runtime answered at {self.address} within {timeout_s:g} s") from None
-        return self.welcome
 
     def send(self, request: Any, entry: Entry | None, buffers: Sequence[protocol.Buffer] = ()) -> None:
         """Send a request, and complete the entry's future with its reply. Raises at once if that cannot be."""
@@ -272,10 +272,12 @@ class Link:
             raise protocol.ProtocolError(f"a {type(reply).__name__} in answer to operation {reply.op}")
         value = reply if entry.convert is None else entry.convert(reply, buffers)
         del self._inflight[reply.op]  # not before it is known to be good: a bad reply loses the link and all in flight
-        if entry.future is not None:
-            entry.future.set_result(value)
+        if isinstance(reply, protocol.Welcome):
+            self.welcome = reply  # by this thread, which is about to wait: heartbeats begin here
         if isinstance(reply, protocol.Pong):
             self._handle_pong(reply)
+        if entry.future is not None:
+            entry.future.set_result(value)
         return None
 
     def _handle_delta(self, delta: protocol.Delta, buffers: Sequence[protocol.Buffer]) -> None:
@@ -317,11 +319,14 @@ class Link:
     # ------------------------------------------------------------------------------------------ life and death
 
     def _patience_ms(self) -> int:
+        """Return how long the thread may wait for something to happen before it looks after the connection's life."""
         wait_s = WATCH_S if self._watch is not None else 60.0
         if self.welcome is not None:
-            due = self._heartbeat_s() if self._ping is None else min(1.0, self._silence_s / 4)
-            wait_s = min(wait_s, max(0.0, self._pinged_at + due - time.monotonic()) if self._ping is None else due)
-        return max(1, int(wait_s * 1000))
+            due_at = self._pinged_at + self._heartbeat_s()
+            if self._ping is not None:
+                due_at = max(self._heard_at, self._pinged_at) + self._silence_s
+            wait_s = min(wait_s, max(0.0, due_at - time.monotonic()))
+        return int(wait_s * 1000) + 1
 
     def _heartbeat_s(self) -> float:
         assert self.welcome is not None, "there are no heartbeats before the welcome"

@@ -34,6 +34,7 @@ T = TypeVar("T")
 Reply: TypeAlias = "str | Callable[[str, Any], str]"
 Replies: TypeAlias = "Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[str, SamplingParams], str]"
 
+_NOBODY: Final = -1  # in place of the branch that a cancel would have to name
 _WORD: Final = re.compile(r"\s*\S+|\s+\Z")
 
 
@@ -44,13 +45,18 @@ class _Branch:
 
     def __init__(self, parent: _Branch | None) -> None:
         self.parent = parent
-        self.parent_len = 0 if parent is None else len(parent.text)
-        self.parent_words: int = 0 if parent is None else parent.length
+        self.parent_len = self.parent_words = self.length = self.read = 0
         self.text: list[str] = []
-        self.length: int = self.parent_words  # in words, with what was inherited
-        self.read = 0  # the words that a call of this branch, or of one forked off it, has computed
-        self.role: str | None = None if parent is None else parent.role
-        self.error: BoughError | None = None if parent is None else parent.error
+        self.role: str | None = None
+        self.error: BoughError | None = None
+
+    def inherit(self) -> None:
+        """Take what the parent holds now: lengths are in words, `read` is how many of them a call has computed."""
+        assert self.parent is not None, "only a fork inherits"
+        self.parent_len = len(self.parent.text)
+        self.parent_words = self.length = self.parent.length
+        self.role = self.parent.role
+        self.error = self.error or self.parent.error
 
     def whole(self, upto: int | None = None) -> str:
         """Return the text from the root of the tree on."""
@@ -118,21 +124,25 @@ class ScriptedBackend:
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
         """Start `count` branches that share all that `branch` holds."""
-        children = [next(self._ids) for _ in range(count)]
+        parent = self._branches.get(branch)
+        children = {next(self._ids): _Branch(parent) for _ in range(count)}
+        self._branches.update(children)
 
-        def make() -> None:
-            parent = self._branches[branch]
-            for child in children:
-                self._branches[child] = _Branch(parent)
+        def inherit() -> None:
+            for child in children.values():
+                if parent is None:
+                    child.error = InvalidRequest(f"branch {branch} is not open", branch=branch)
+                else:
+                    child.inherit()
 
-        self._do(branch, make, lambda error: None)
-        return children
+        self._do(_NOBODY, inherit, _no_failure)  # a cancelled parent's children exist, and fail
+        return list(children)
 
     def release(self, branches: Sequence[Branch]) -> None:
         """Forget branches once what was asked before has been carried out."""
         waiting = self._waiting
         if waiting is not None and branches:
-            waiting.append((-1, lambda: self._forget(branches), lambda error: None))
+            waiting.append((_NOBODY, lambda: self._forget(branches), _no_failure))
         else:
             self._forget(branches)
 
@@ -145,19 +155,15 @@ class ScriptedBackend:
         ended: Future[int] = Future()
         with self._lock:
             family = set(self._family(branch))
-            kept: deque[Any] = deque()
-            number = 0
-            for entry in self._waiting or ():
-                if entry[0] in family:
-                    entry[2](Cancelled("the operation was cancelled with its branch"))
-                    number += 1
-                else:
-                    kept.append(entry)
+            waiting = list(self._waiting or ())
             if self._waiting is not None:
-                self._waiting = kept
-            for member in family & self._branches.keys():
+                self._waiting = deque(entry for entry in waiting if entry[0] not in family)
+            for member in family:
                 self._branches[member].error = Cancelled("the branch was cancelled")
-        ended.set_result(number)
+        failing = [fail for owner, _, fail in waiting if owner in family]
+        for fail in failing:
+            fail(Cancelled("the operation was cancelled with its branch"))
+        ended.set_result(len(failing))
         return ended
 
     def _family(self, branch: Branch) -> Iterator[Branch]:
@@ -377,6 +383,10 @@ class ScriptedBackend:
                 length=target.length,
                 context_len=self._context_len,
             )
+
+
+def _no_failure(error: BoughError) -> None:
+    """Take the failure of what cannot fail."""
 
 
 def _render(target: _Branch, part: Part) -> str:
