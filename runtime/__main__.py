@@ -96,7 +96,9 @@ def _build(
 ) -> Server:
     # These import torch: after the arguments are known to be good.
     from bough.runtime.cache.prefix_cache import PrefixCache
+    from bough.runtime.composer import Composer
     from bough.runtime.engine import Engine
+    from bough.runtime.inflight import InFlight
     from bough.runtime.models.weights import resolve_model
     from bough.runtime.prompter import Prompter
     from bough.runtime.runner import load_runner
@@ -121,7 +123,11 @@ def _build(
     runner.warm_up()
     epoch = secrets.randbits(62)
     seed = config.seed if config.seed is not None else secrets.randbits(62)
-    engine = Engine(config, scheduler, runner, prompter, seed=seed, epoch=epoch, wire_stats=lambda: server.stats())
+    composer = Composer(
+        prompter, vocab_size=runner.vocab_size, context_len=runner.context_len, seed=seed, credit=config.credit
+    )
+    in_flight = InFlight(scheduler, runner, credit=config.credit)
+    engine = Engine(config, scheduler, in_flight, composer, epoch=epoch, wire_stats=lambda: server.stats())
 
     def welcome(op: int) -> Welcome:
         return Welcome(

@@ -1,33 +1,25 @@
-"""`Engine`: carries operations out. Branches and text above, the scheduler below; no sockets, no devices.
+"""`Engine`: carries operations out, in order per branch. Between the server and the scheduler; no sockets, no devices.
 
-A turn is `handle` for each request that arrived, then `step`::
-
-    step = scheduler.plan()            which tokens of which sequences
-    results = runner.execute(batch)    the only slow part
-    outcomes = scheduler.commit(...)   advance, publish
-    settle(outcomes)                   text, stops, terminal replies; what waited on a branch goes on
+A turn of the loop is `handle` for each request that arrived, then `step`. A request either ends at once, or queues on
+its branch; what reaches the front of the queue ends at once too, or becomes work that is in flight for some steps.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Protocol
 
-from bough.runtime.batch import Batch, RowResult
-from bough.runtime.branch import Branch, Poison, Roles
+from bough.runtime.branch import Branch, Poison
+from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
+from bough.runtime.inflight import InFlight
 from bough.runtime.operation import Operation, Progress, failed
-from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import (
-    MAX_CHOICES,
     MAX_FORK,
     MAX_ID,
-    MAX_PARTS,
     Buffer,
     Cancel,
     Cancelled,
@@ -40,42 +32,24 @@ from bough.runtime.protocol import (
     Generate,
     Ok,
     Open,
-    Part,
     Ping,
     Pong,
     ProtocolError,
     Release,
     Request,
     RequestError,
-    RoleBegin,
-    RoleEnd,
     Rollback,
     Score,
     Select,
     Stat,
     Stats,
-    Text,
-    Tokens,
-    decode_tokens,
 )
-from bough.runtime.scheduler import Outcome, Scheduler
-from bough.runtime.sequence import Sequence, Status
+from bough.runtime.scheduler import Scheduler
 from bough.runtime.session import Session
 from bough.runtime.token_log import TokenLog
 from bough.runtime.work import Generation, Selection, Work
 
 log = logging.getLogger(__name__)
-
-
-class Executor(Protocol):
-    """What the engine needs of a runner."""
-
-    context_len: int
-    vocab_size: int
-
-    def execute(self, batch: Batch) -> Items[RowResult]:
-        """Compute a step; one result per row."""
-        ...
 
 
 class Engine:
@@ -85,10 +59,9 @@ class Engine:
         self,
         config: RuntimeConfig,
         scheduler: Scheduler,
-        executor: Executor,
-        prompter: Prompter,
+        in_flight: InFlight,
+        composer: Composer,
         *,
-        seed: int,
         epoch: int,
         wire_stats: Callable[[], dict[str, int | float | str]] = dict,
         clock: Callable[[], float] = time.monotonic,
@@ -97,12 +70,10 @@ class Engine:
         self.scheduler = scheduler
         self.epoch = epoch
         self.is_draining = False
-        self._executor = executor
-        self._prompter = prompter
-        self._seed = seed
+        self._in_flight = in_flight
+        self._composer = composer
         self._wire_stats = wire_stats
         self._clock = clock
-        self._work: dict[Sequence, Work] = {}
         self._timed: dict[Operation, None] = {}
         self._drains: list[Operation] = []
         self._num_branches = 0
@@ -183,7 +154,7 @@ class Engine:
             raise RequestError(
                 "overloaded", f"{self._num_branches} branches are open, which is the limit", retry_after_s=1.0
             )
-        branch = Branch(branch_id, path, TokenLog(), self._prompter.tail())
+        branch = Branch(branch_id, path, TokenLog(), self._composer.empty_tail())
         session.branches[branch_id] = branch
         self._num_branches += 1
         return branch
@@ -252,87 +223,21 @@ class Engine:
     def _execute(self, operation: Operation, branch: Branch, request: Request) -> None:
         match request:
             case Extend():
-                rendered = self._extend(branch, request, operation.buffers)
+                rendered = self._composer.extend(branch, request, operation.buffers)
                 operation.end(Extended(op=request.op, length=len(branch.log), rendered=rendered))
             case Fork():
                 operation.end(Ok(op=request.op))
             case Rollback():
-                self._rollback(branch, request)
+                self._composer.rollback(branch, request)
                 operation.end(Extended(op=request.op, length=len(branch.log)))
             case Generate():
-                self._start(operation, branch, self._generation(operation, branch, request))
+                self._start(operation, branch, self._composer.generation(operation, branch, request))
             case Select() | Score():
-                self._start(operation, branch, self._selection(operation, branch, request))
+                self._start(operation, branch, self._composer.selection(operation, branch, request))
             case Release():
                 self._forget(operation.session, branch)
             case _:
                 raise AssertionError(f"{type(request).__name__} does not run on a branch")
-
-    def _extend(self, branch: Branch, request: Extend, buffers: Items[Buffer]) -> list[str]:
-        if len(request.parts) > MAX_PARTS:
-            raise RequestError("invalid_request", f"parts must be at most {MAX_PARTS}, got {len(request.parts)}")
-        rendered: list[str] = []
-        for part in request.parts:
-            text = self._append(branch, part, buffers)
-            if text is not None:
-                rendered.append(text)
-        branch.log.extend(branch.tail.flush() if request.commit else branch.tail.take_stable())
-        self._check_length(branch)
-        return rendered
-
-    def _append(self, branch: Branch, part: Part, buffers: Items[Buffer]) -> str | None:
-        """Append one part; for a role, return the text that the chat template writes."""
-        match part:
-            case Text(text):
-                self._prompter.append_text(branch.log, branch.tail, text)
-                return None
-            case Tokens(buffer):
-                token_ids = decode_tokens(buffers, buffer)
-                self._check_vocabulary(token_ids)
-                branch.log.extend(branch.tail.flush())
-                branch.log.extend(token_ids)
-                branch.tail.follow_tokens()
-                return None
-            case RoleBegin(role):
-                if branch.roles.is_open:
-                    raise RequestError(
-                        "invalid_request", f"role {role!r} cannot begin inside role {branch.roles.names[-1]!r}"
-                    )
-                text = self._prompter.begin(branch.roles.names, role)
-                roles = Roles((*branch.roles.names, role), is_open=True)
-            case RoleEnd():
-                if not branch.roles.is_open:
-                    raise RequestError("invalid_request", "a role cannot end, none is open")
-                text = self._prompter.end(branch.roles.names)
-                roles = Roles(branch.roles.names)
-        branch.tail.append(text, special=True)
-        branch.log.extend(branch.tail.take_stable())
-        branch.set_roles(roles)
-        return text
-
-    def _check_vocabulary(self, token_ids: Items[int]) -> None:
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._executor.vocab_size):
-            worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
-            raise RequestError(
-                "invalid_request", f"token ids must be between 0 and {self._executor.vocab_size - 1}, got {worst}"
-            )
-
-    def _check_length(self, branch: Branch, more: int = 0) -> None:
-        length, limit = len(branch.log) + more, self._executor.context_len
-        if length > limit:
-            raise RequestError(
-                "context_overflow",
-                f"the branch has {length} tokens, the model's context holds {limit}",
-                num_tokens=length,
-                context_len=limit,
-            )
-
-    def _rollback(self, branch: Branch, request: Rollback) -> None:
-        if not 0 <= request.length <= len(branch.log):
-            raise RequestError(
-                "invalid_request", f"length must be between 0 and {len(branch.log)}, got {request.length}"
-            )
-        branch.rollback(request.length, self._prompter.tail(at_start=request.length == 0))
 
     def _release(self, operation: Operation, request: Release) -> None:
         """Queue the end of each branch behind what was sent for it; answered at once, for it cannot fail."""
@@ -356,140 +261,45 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ work
 
-    def _generation(self, operation: Operation, branch: Branch, request: Generate) -> Generation:
-        params = request.params
-        params.check()
-        self._check_vocabulary([*params.stop_token_ids, *params.logit_bias])
-        branch.log.extend(branch.tail.flush())
-        tokens = branch.log.array()
-        if not len(tokens):
-            raise RequestError("invalid_request", "generate needs at least one token of text before it")
-        self._check_length(branch, more=1)
-        branch.num_draws += 1
-        seed = params.seed if params.seed is not None else self._derive_seed(branch)
-        sequence = Sequence(
-            tokens,
-            namespace=operation.session.namespace,
-            params=params,
-            seed=seed,
-            forbidden_early=(*self._prompter.tokenizer.eos_ids, *params.stop_token_ids) if params.min_tokens else (),
-        )
-        generation = Generation(operation, request, sequence, self._prompter.tokenizer, self._executor.context_len)
-        generation.credit = self.config.credit
-        return generation
-
-    def _derive_seed(self, branch: Branch) -> int:
-        """A seed for the next draw of a branch, the same whenever the same program runs with the same runtime seed."""
-        key = ",".join(map(str, (self._seed, *branch.path, branch.num_draws)))
-        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") & MAX_ID
-
-    def _selection(self, operation: Operation, branch: Branch, request: Select | Score) -> Selection:
-        choices = request.choices
-        if not 1 <= len(choices) <= MAX_CHOICES:
-            raise RequestError("invalid_request", f"choices must be between 1 and {MAX_CHOICES}, got {len(choices)}")
-        if any(not choice for choice in choices):
-            raise RequestError("invalid_request", "choices must not be empty strings")
-        if len(set(choices)) != len(choices):
-            raise RequestError("invalid_request", "choices must be distinct")
-        branch.log.extend(branch.tail.take_stable())
-        choice_ids, skip = self._prompter.continuations(branch.tail, choices)
-        context = branch.log.array()
-        if not len(context) + skip:
-            raise RequestError("invalid_request", "select needs at least one token of text before it")
-        self._check_length(branch, more=max(map(len, choice_ids)))
-        namespace = operation.session.namespace
-        return Selection(operation, request.method, context, choice_ids, skip, namespace, self._prompter.tokenizer)
-
     def _start(self, operation: Operation, branch: Branch, work: Work) -> None:
         operation.work = work
         branch.current = operation
-        for sequence in work.sequences:
-            self._work[sequence] = work
-            self.scheduler.submit(sequence)
+        self._in_flight.start(work)
 
     def step(self) -> bool:
         """Run one step if there is work; True if something ran."""
         self._expire()
-        step = self.scheduler.plan()
-        for sequence in self.scheduler.take_exhausted():
-            self._fail(self._work[sequence].operation, self._exhausted(sequence))
-        if step is None:
-            return False
-        try:
-            results = self._executor.execute(step.batch)
-        except Exception as error:
-            log.exception("a step failed; its operations fail with it")
-            self._fail_step(step.sequences, error)
-            return True
-        for outcome in self.scheduler.commit(step, results):
-            self._settle(outcome)
-        return True
-
-    def _fail_step(self, sequences: Items[Sequence], error: Exception) -> None:
-        """End every operation of a step that raised: their KV is not to be trusted, so none of it is published."""
-        for sequence in sequences:
-            work = self._work.get(sequence)
-            if work is not None:
-                message = f"the step failed: {type(error).__name__}: {error}"
-                self._fail(work.operation, RequestError("internal", message))
-
-    def _exhausted(self, sequence: Sequence) -> RequestError:
-        pool = self.scheduler.cache.num_pages * self.scheduler.cache.page_size
-        return RequestError(
-            "resource_exhausted",
-            f"{len(sequence.tokens)} tokens fill the KV pool of {pool} tokens: raise max_total_tokens",
-            num_tokens=len(sequence.tokens),
-            pool_tokens=pool,
-        )
-
-    def _settle(self, outcome: Outcome) -> None:
-        work = self._work.get(outcome.sequence)
-        if work is None:
-            return  # another choice of the same select failed in this step
-        now = self._clock()
-        if isinstance(work, Generation):
-            is_done = work.take(outcome.result, now)
-            if work.is_streaming:
-                self._send_delta(work)
-            if is_done:
-                self._retire(work)
-                self._complete_generation(work, now)
-        elif work.take_scores(outcome.sequence, outcome.result, now):
-            del self._work[outcome.sequence]
-            self.scheduler.finish(outcome.sequence)
-            if not any(sequence in self._work for sequence in work.sequences):
-                self._complete_selection(work, now)
-
-    def _send_delta(self, work: Generation) -> None:
-        delta = work.delta()
-        if delta is not None:
-            work.operation.session.reply(*delta)
-        if work.credit <= 0 and work.finish_reason is None:
-            self.scheduler.pause(work.sequences[0])
+        did_run, ended = self._in_flight.step()
+        for end in ended:
+            if end.error is not None:
+                self._fail(end.work.operation, end.error)
+            elif isinstance(end.work, Generation):
+                self._complete_generation(end.work)
+            else:
+                self._complete_selection(end.work)
+        return did_run
 
     def _grant(self, session: Session, request: Credit) -> None:
         operation = session.operations.get(request.target)
         if operation is not None and isinstance(operation.work, Generation) and request.tokens > 0:
-            operation.work.credit = min(operation.work.credit + request.tokens, self.config.credit)
-            self.scheduler.resume(operation.work.sequences[0])
+            self._in_flight.grant(operation.work, request.tokens)
 
-    def _complete_generation(self, work: Generation, now: float) -> None:
+    def _complete_generation(self, work: Generation) -> None:
         branch = work.operation.branch
         assert branch is not None
         branch.log.extend(work.kept_ids())
         branch.tail.follow_tokens()
         branch.tail.append(work.leftover)
-        reply, buffers = work.reply(len(branch.log), now)
+        reply, buffers = work.reply(len(branch.log), self._clock())
         self._end(work.operation, branch, lambda: work.operation.end(reply, buffers))
 
-    def _complete_selection(self, work: Selection, now: float) -> None:
+    def _complete_selection(self, work: Selection) -> None:
         branch = work.operation.branch
         assert branch is not None
         index = work.decide()
         if isinstance(work.operation.request, Select):
-            branch.log.extend(work.choices[index])
-            branch.tail = self._prompter.tail(at_start=False)
-        reply = work.reply(len(branch.log), now)
+            self._composer.follow_choice(branch, work.choices[index])
+        reply = work.reply(len(branch.log), self._clock())
         self._end(work.operation, branch, lambda: work.operation.end(reply))
 
     def _end(self, operation: Operation, branch: Branch, send: Callable[[], None]) -> None:
@@ -498,18 +308,12 @@ class Engine:
         send()
         self._pump(branch)
 
-    def _retire(self, work: Work) -> None:
-        """Take the work's sequences from the scheduler."""
-        for sequence in work.sequences:
-            if self._work.pop(sequence, None) is not None and sequence.status is not Status.FINISHED:
-                self.scheduler.finish(sequence)
-
     def _fail(self, operation: Operation, error: RequestError) -> None:
         """End an operation with an error and poison its branch; what waits on the branch fails in turn."""
         if operation.progress is Progress.ENDED:
             return
         if operation.work is not None:
-            self._retire(operation.work)
+            self._in_flight.stop(operation.work)
             if isinstance(operation.work, Generation):  # what was drawn so far is not lost with the operation
                 error = RequestError(error.kind, error.message, **error.details, partial_text=operation.work.text)
         self._timed.pop(operation, None)
@@ -594,7 +398,7 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Operations that run or wait."""
-        return self._num_queued + len(self._work)
+        return self._num_queued + len(self._in_flight)
 
     def next_deadline(self) -> float | None:
         """The earliest time, on the engine's clock, at which an operation times out."""

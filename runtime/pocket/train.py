@@ -1,6 +1,6 @@
 """Train `pocket` on generated conversations and write a folder that transformers can load.
 
-The learning rate warms up, stays, and decays linearly to zero, so that a run can be shortened by
+The learning rate warms up, stays, and decays to zero, so that a run can be shortened by
 decaying earlier. The examples of step n depend only on the seed and n: a resumed run sees what an
 unbroken one would.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import time
@@ -35,9 +36,9 @@ class Recipe:
     """What was run. `shapes` maps rows and length of a batch to its share of the steps."""
 
     seed: int = 1
-    steps: int = 5200
+    steps: int = 3700
     warmup: int = 100
-    decay: int = 1400
+    decay: int = 2400
     copying_first: int = 900
     optimizer: str = "muon"
     matrix_rate: float = 0.02
@@ -101,8 +102,9 @@ def batch(recipe: Recipe, bpe: Tokenizer, step: int) -> tuple[Tensor, Tensor]:
 
 
 def rate_at(recipe: Recipe, step: int) -> float:
-    """The factor on the learning rates."""
-    return min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / recipe.decay)
+    """The factor on the learning rates: a linear warm-up, a level, then one minus the root of what is done."""
+    done = max(0.0, 1 - (recipe.steps - step) / recipe.decay)
+    return min(1.0, (step + 1) / recipe.warmup, 1 - math.sqrt(done))
 
 
 def optimizers(recipe: Recipe, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:

@@ -42,7 +42,8 @@ class TextTail:
     def append(self, text: str, *, special: bool = False) -> None:
         """Append text. `special=True` is for what a chat template wrote: control tokens in it are recognised.
 
-        A control token is a hard edge: the text before it is fixed. Raises RequestError("invalid_request") on text
+        A control token is a hard edge: the text before it is fixed. One that takes the white space beside it (rstrip)
+        takes the template's own, never what a program appends next. Raises RequestError("invalid_request") on text
         that is not valid Unicode, when it is tokenised.
         """
         if not special:

@@ -24,6 +24,10 @@ from bough.runtime.text.engines import (
 )
 from bough.runtime.text.folder import TokenizerFiles, read_folder, refuse
 
+# Unicode's white space, which lstrip and rstrip of an added token take; str.strip() also takes \x1c to \x1f.
+_WHITE_SPACE: Final = " \t\n\x0b\x0c\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -87,13 +91,13 @@ class Tokenizer:
         for match in self._control_pattern.finditer(text) if self._control_pattern else ():
             left, right = self._strips[match.group()]
             between = text[start : match.start()]
-            between = between.rstrip() if left else between
+            between = between.rstrip(_WHITE_SPACE) if left else between
             if between:
                 parts.append(between)
             parts.append(self._control[match.group()])
             start = match.end()
             if right:
-                start += len(text) - start - len(text[start:].lstrip())
+                start += len(text) - start - len(text[start:].lstrip(_WHITE_SPACE))
         if start < len(text):
             parts.append(text[start:])
         return parts

@@ -9,8 +9,10 @@ import pytest
 from fakes import FakeClock, FakeRunner
 
 from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
+from bough.runtime.inflight import InFlight
 from bough.runtime.models.weights import resolve_model
 from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import (
@@ -67,7 +69,15 @@ class Client:
             cache, token_budget=self.config.token_budget, max_running=self.config.max_running, clock=self.clock
         )
         prompter = Prompter(TOKENIZER, load_chat_template(POCKET), "pocket")
-        self.engine = Engine(self.config, self.scheduler, self.runner, prompter, seed=1, epoch=1, clock=self.clock)
+        composer = Composer(
+            prompter,
+            vocab_size=TOKENIZER.vocab_size,
+            context_len=context_len,
+            seed=1,
+            credit=self.config.credit,
+        )
+        in_flight = InFlight(self.scheduler, self.runner, credit=self.config.credit, clock=self.clock)
+        self.engine = Engine(self.config, self.scheduler, in_flight, composer, epoch=1, clock=self.clock)
         self.session = Session(b"id", session, "test", 0.0)
         self.replies: dict[int | None, list[Reply]] = {}
         self.buffers: dict[int, list[Buffer]] = {}
@@ -498,6 +508,16 @@ def test_a_step_that_raises_fails_its_operations_and_the_loop_goes_on(
     again = client.generate(2)
     client.run()
     client.last(again, Generated)
+
+
+def test_a_stop_pattern_that_takes_too_long_fails_its_operation_only(client: Client) -> None:
+    client.branch(1, Text("a" * 50))
+    bomb = client.generate(1, max_tokens=300, stop_regex=("(?:.|.|..)*\\x01",))
+    client.branch(2, Text("b"))
+    other = client.generate(2)
+    client.run()
+    assert "stop_regex" in client.last(bomb, Failed).message
+    client.last(other, Generated)
 
 
 def test_more_than_the_queue_holds_is_refused_with_a_hint_when_to_come_back() -> None:

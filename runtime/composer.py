@@ -1,0 +1,169 @@
+"""`Composer`: what a request does to its branch: appends text and roles, cuts back, becomes work for the scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Items
+
+from bough.runtime.branch import Branch, Roles
+from bough.runtime.operation import Operation
+from bough.runtime.prompter import Prompter
+from bough.runtime.protocol import (
+    MAX_CHOICES,
+    MAX_ID,
+    MAX_PARTS,
+    Buffer,
+    Extend,
+    Generate,
+    Part,
+    RequestError,
+    RoleBegin,
+    RoleEnd,
+    Rollback,
+    Score,
+    Select,
+    Text,
+    Tokens,
+    decode_tokens,
+)
+from bough.runtime.sequence import Sequence
+from bough.runtime.text.tail import TextTail
+from bough.runtime.work import Generation, Selection
+
+
+class Composer:
+    """Knows the tokenizer, the template and the model's limits; keeps no state of its own.
+
+    Every method raises RequestError for what the request may not ask; a branch may then be half changed, which is why
+    a failed operation poisons it.
+    """
+
+    def __init__(self, prompter: Prompter, *, vocab_size: int, context_len: int, seed: int, credit: int) -> None:
+        self._prompter = prompter
+        self._vocab_size = vocab_size
+        self._context_len = context_len
+        self._seed = seed
+        self._credit = credit
+
+    def empty_tail(self) -> TextTail:
+        """Return the tail of a branch without any text."""
+        return self._prompter.tail()
+
+    def extend(self, branch: Branch, request: Extend, buffers: Items[Buffer]) -> list[str]:
+        """Append the parts; return the text that the chat template wrote for each role among them."""
+        if len(request.parts) > MAX_PARTS:
+            raise RequestError("invalid_request", f"parts must be at most {MAX_PARTS}, got {len(request.parts)}")
+        rendered: list[str] = []
+        for part in request.parts:
+            text = self._append(branch, part, buffers)
+            if text is not None:
+                rendered.append(text)
+        branch.log.extend(branch.tail.flush() if request.commit else branch.tail.take_stable())
+        self._check_length(branch)
+        return rendered
+
+    def _append(self, branch: Branch, part: Part, buffers: Items[Buffer]) -> str | None:
+        """Append one part; for a role, return the text that the chat template writes."""
+        match part:
+            case Text(text):
+                self._prompter.append_text(branch.log, branch.tail, text)
+                return None
+            case Tokens(buffer):
+                token_ids = decode_tokens(buffers, buffer)
+                self._check_vocabulary(token_ids)
+                branch.log.extend(branch.tail.flush())
+                branch.log.extend(token_ids)
+                branch.tail.follow_tokens()
+                return None
+            case RoleBegin(role):
+                if branch.roles.is_open:
+                    raise RequestError(
+                        "invalid_request", f"role {role!r} cannot begin inside role {branch.roles.names[-1]!r}"
+                    )
+                text = self._prompter.begin(branch.roles.names, role)
+                roles = Roles((*branch.roles.names, role), is_open=True)
+            case RoleEnd():
+                if not branch.roles.is_open:
+                    raise RequestError("invalid_request", "a role cannot end, none is open")
+                text = self._prompter.end(branch.roles.names)
+                roles = Roles(branch.roles.names)
+        branch.tail.append(text, special=True)
+        branch.log.extend(branch.tail.take_stable())
+        branch.set_roles(roles)
+        return text
+
+    def _check_vocabulary(self, token_ids: Items[int]) -> None:
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
+            worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+            raise RequestError(
+                "invalid_request", f"token ids must be between 0 and {self._vocab_size - 1}, got {worst}"
+            )
+
+    def _check_length(self, branch: Branch, more: int = 0) -> None:
+        length, limit = len(branch.log) + more, self._context_len
+        if length > limit:
+            raise RequestError(
+                "context_overflow",
+                f"the branch has {length} tokens, the model's context holds {limit}",
+                num_tokens=length,
+                context_len=limit,
+            )
+
+    def rollback(self, branch: Branch, request: Rollback) -> None:
+        """Cut the branch back to the length asked for."""
+        if not 0 <= request.length <= len(branch.log):
+            raise RequestError(
+                "invalid_request", f"length must be between 0 and {len(branch.log)}, got {request.length}"
+            )
+        branch.rollback(request.length, self._prompter.tail(at_start=request.length == 0))
+
+    def generation(self, operation: Operation, branch: Branch, request: Generate) -> Generation:
+        """Return the work of a generate on this branch, all of whose text becomes tokens now."""
+        params = request.params
+        params.check()
+        self._check_vocabulary([*params.stop_token_ids, *params.logit_bias])
+        branch.log.extend(branch.tail.flush())
+        tokens = branch.log.array()
+        if not len(tokens):
+            raise RequestError("invalid_request", "generate needs at least one token of text before it")
+        self._check_length(branch, more=1)
+        branch.num_draws += 1
+        seed = params.seed if params.seed is not None else self._derive_seed(branch)
+        sequence = Sequence(
+            tokens,
+            namespace=operation.session.namespace,
+            params=params,
+            seed=seed,
+            forbidden_early=(*self._prompter.tokenizer.eos_ids, *params.stop_token_ids) if params.min_tokens else (),
+        )
+        generation = Generation(operation, request, sequence, self._prompter.tokenizer, self._context_len)
+        generation.credit = self._credit
+        return generation
+
+    def follow_choice(self, branch: Branch, choice_ids: list[int]) -> None:
+        """Append the choice that a selection decided for."""
+        branch.log.extend(choice_ids)
+        branch.tail = self._prompter.tail(at_start=False)
+
+    def _derive_seed(self, branch: Branch) -> int:
+        """A seed for the next draw of a branch, the same whenever the same program runs with the same runtime seed."""
+        key = ",".join(map(str, (self._seed, *branch.path, branch.num_draws)))
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") & MAX_ID
+
+    def selection(self, operation: Operation, branch: Branch, request: Select | Score) -> Selection:
+        """Return the work of a select or score on this branch, which itself is not changed yet."""
+        choices = request.choices
+        if not 1 <= len(choices) <= MAX_CHOICES:
+            raise RequestError("invalid_request", f"choices must be between 1 and {MAX_CHOICES}, got {len(choices)}")
+        if any(not choice for choice in choices):
+            raise RequestError("invalid_request", "choices must not be empty strings")
+        if len(set(choices)) != len(choices):
+            raise RequestError("invalid_request", "choices must be distinct")
+        branch.log.extend(branch.tail.take_stable())
+        choice_ids, skip = self._prompter.continuations(branch.tail, choices)
+        context = branch.log.array()
+        if not len(context) + skip:
+            raise RequestError("invalid_request", "select needs at least one token of text before it")
+        self._check_length(branch, more=max(map(len, choice_ids)))
+        namespace = operation.session.namespace
+        return Selection(operation, request.method, context, choice_ids, skip, namespace, self._prompter.tokenizer)

@@ -1,0 +1,141 @@
+"""`InFlight`: the work that runs: from operations to the scheduler's sequences, and from a step's outcomes back.
+
+step = scheduler.plan()            which tokens of which sequences
+results = runner.execute(batch)    the only slow part
+outcomes = scheduler.commit(...)   advance, publish
+settle                             text, stops, deltas; what is complete, what failed
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+from bough.runtime.batch import Batch, RowResult
+from bough.runtime.protocol import RequestError
+from bough.runtime.scheduler import Outcome, Scheduler
+from bough.runtime.sequence import Sequence, Status
+from bough.runtime.work import Generation, Work
+
+log = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """What is needed of a runner."""
+
+    def execute(self, batch: Batch) -> Items[RowResult]:
+        """Compute a step; one result per row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Work that left the scheduler: complete, or failed with `error`."""
+
+    work: Work
+    error: RequestError | None = None
+
+
+class InFlight:
+    """Which work each running sequence belongs to. The engine is the only caller."""
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, *, credit: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._credit = credit
+        self._clock = clock
+        self._work: dict[Sequence, Work] = {}
+
+    def __len__(self) -> int:
+        return len(self._work)
+
+    def start(self, work: Work) -> None:
+        """Hand the work's sequences to the scheduler. Raises RequestError for one that can never fit."""
+        for sequence in work.sequences:
+            self._work[sequence] = work
+            self._scheduler.submit(sequence)
+
+    def stop(self, work: Work) -> None:
+        """Take the work's sequences from the scheduler, wherever they are."""
+        for sequence in work.sequences:
+            if self._work.pop(sequence, None) is not None and sequence.status is not Status.FINISHED:
+                self._scheduler.finish(sequence)
+
+    def grant(self, work: Generation, tokens: int) -> None:
+        """Let a stream be `tokens` further ahead of its reader."""
+        work.credit = min(work.credit + tokens, self._credit)
+        if work.credit > 0:
+            self._scheduler.resume(work.sequences[0])
+
+    def step(self) -> tuple[bool, list[Ended]]:
+        """Run one step if there is work. Returns whether something ran, and what ended."""
+        step = self._scheduler.plan()
+        ended = [self._stopped(self._work[s], self._exhausted(s)) for s in self._scheduler.take_exhausted()]
+        if step is None:
+            return False, ended
+        try:
+            results = self._executor.execute(step.batch)
+        except Exception as error:
+            log.exception("a step failed; its operations fail with it")
+            return True, ended + self._lose(step.sequences, error)
+        for outcome in self._scheduler.commit(step, results):
+            ended.extend(self._settle(outcome))
+        return True, ended
+
+    def _lose(self, sequences: Items[Sequence], error: Exception) -> list[Ended]:
+        """Stop all work of a step that raised; nothing the step computed was published."""
+        failure = RequestError("internal", f"the step failed: {type(error).__name__}: {error}")
+        works = {id(work): work for s in sequences if (work := self._work.get(s)) is not None}
+        return [self._stopped(work, failure) for work in works.values()]
+
+    def _exhausted(self, sequence: Sequence) -> RequestError:
+        pool = self._scheduler.cache.num_pages * self._scheduler.cache.page_size
+        return RequestError(
+            "resource_exhausted",
+            f"{len(sequence.tokens)} tokens fill the KV pool of {pool} tokens: raise max_total_tokens",
+            num_tokens=len(sequence.tokens),
+            pool_tokens=pool,
+        )
+
+    def _settle(self, outcome: Outcome) -> list[Ended]:
+        work = self._work.get(outcome.sequence)
+        if work is None:
+            return []  # another sequence of the same work ended it in this step
+        try:
+            is_complete = self._take(work, outcome)
+        except RequestError as error:
+            return [self._stopped(work, error)]
+        except Exception as error:  # a bug of ours costs this operation, not the loop
+            log.exception("the outcome of a step could not be taken in")
+            return [self._stopped(work, RequestError("internal", f"{type(error).__name__}: {error}"))]
+        return [self._stopped(work, None)] if is_complete else []
+
+    def _take(self, work: Work, outcome: Outcome) -> bool:
+        """Take an outcome in; True if the work is complete."""
+        now = self._clock()
+        if isinstance(work, Generation):
+            is_complete = work.take(outcome.result, now)
+            if work.is_streaming:
+                self._send_delta(work)
+            return is_complete
+        if work.take_scores(outcome.sequence, outcome.result, now):
+            del self._work[outcome.sequence]
+            self._scheduler.finish(outcome.sequence)
+        return not any(sequence in self._work for sequence in work.sequences)
+
+    def _send_delta(self, work: Generation) -> None:
+        delta = work.delta()
+        if delta is not None:
+            work.operation.session.reply(*delta)
+        if work.credit <= 0 and work.finish_reason is None:
+            self._scheduler.pause(work.sequences[0])
+
+    def _stopped(self, work: Work, error: RequestError | None) -> Ended:
+        self.stop(work)
+        return Ended(work, error)
