@@ -112,6 +112,19 @@ def test_the_end_of_a_message_that_depends_on_the_next_is_refused() -> None:
         chat.begin(("tool",), "tool")
 
 
+def test_a_message_whose_introduction_changes_later_is_refused() -> None:
+    chat = ChatTemplate("{% for m in messages %}{{ messages | length }}:{{ m.content }};{% endfor %}")
+    assert chat.begin((), "user") == "1:"
+    with pytest.raises(RequestError, match=r"message 1 \(user\) is introduced by '2:' here"):
+        chat.begin(("user",), "user")
+
+
+def test_white_space_of_blocks_is_trimmed_as_in_transformers(reference: Any) -> None:
+    template = "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n"
+    written = _join(ChatTemplate(template), ("user",), ["Hi"])
+    assert written == _whole(reference, template, ("user",), ["Hi"])
+
+
 def test_a_role_the_template_does_not_know_is_refused_in_its_own_words() -> None:
     chat = ChatTemplate(tiny_tokenizers.MISTRAL_CHAT, SPECIALS)
     with pytest.raises(RequestError, match="Conversation roles must alternate user/assistant") as caught:

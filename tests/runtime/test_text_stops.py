@@ -94,6 +94,7 @@ def test_a_pattern_is_found_as_soon_as_the_text_so_far_has_it_and_nothing_of_it_
 
 def test_a_string_and_a_pattern_in_one_piece_of_text_give_the_one_complete_first() -> None:
     assert StopMatcher(("cd",), ("bc",)).feed("abcd") == StopHit(1, 3, "bc", is_regex=True)
+    assert StopMatcher(("abcd",), ("bc",)).feed("abcd") == StopHit(1, 3, "bc", is_regex=True)
     assert StopMatcher(("ab",), ("bc",)).feed("abcd") == StopHit(0, 2, "ab", is_regex=False)
     assert StopMatcher(("bc",), ("bc",)).feed("abcd") == StopHit(1, 3, "bc", is_regex=False)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -139,15 +139,24 @@ def qwen2(folder: Path) -> Path:
 
 
 def o200k(folder: Path) -> Path:
-    """A split that looks at upper and lower case."""
+    """A split that looks at upper and lower case; one control token begins with another."""
     tokenizer = _split_bpe(O200K_SPLIT)
     _train(tokenizer, [], 700)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return _save(tokenizer, folder, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens(["<|end|>", "<|end|>text|>"])
+    return _save(tokenizer, folder, eos_token="<|end|>")
+
+
+def prefix_space(folder: Path) -> Path:
+    """ByteLevel that puts a space before the first word, as RoBERTa's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    _train(tokenizer, ["</s>"], 600)
+    return _save(tokenizer, folder, eos_token="</s>")
 
 
 def shuffled(folder: Path) -> Path:
-    """Qwen 2's split with ids in no order: ranks and ids differ."""
+    """Qwen 2's split with ids in no order: ranks and ids differ. Two control tokens take white space beside them."""
     tokenizer = _split_bpe(QWEN2_SPLIT)
     _train(tokenizer, [], 600)
     spec = json.loads(tokenizer.to_str())
@@ -155,8 +164,9 @@ def shuffled(folder: Path) -> Path:
     spec["model"]["vocab"] = {piece: (index * 7 + 3) % len(vocab) for piece, index in vocab.items()}
     assert len(set(spec["model"]["vocab"].values())) == len(vocab), "7 and the size have no common factor"
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return _save(tokenizer, folder, eos_token="<|endoftext|>")
+    taking = [AddedToken("<|end|>", rstrip=True, normalized=False), AddedToken("<mask>", lstrip=True, normalized=False)]
+    tokenizer.add_special_tokens(taking)
+    return _save(tokenizer, folder, eos_token="<|end|>")
 
 
 def unmergeable(folder: Path) -> Path:
@@ -239,6 +249,7 @@ BYTE_LEVEL: dict[str, Callable[[Path], Path]] = {
     "llama3": llama3,
     "qwen2": qwen2,
     "o200k": o200k,
+    "prefix_space": prefix_space,
     "shuffled": shuffled,
     "unmergeable": unmergeable,
     "whole_pieces_only": whole_pieces_only,
