@@ -114,7 +114,9 @@ def load_runner(
     max_total_tokens: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Runner:
-    """Load a checkpoint's folder and return a runner that is warm.
+    """Load a checkpoint's folder and return its runner, not yet warm.
+
+    Set the number of torch threads first: how linear layers are computed is tried out here, on these threads.
 
     dtype: "float32" ("fp32"), "bfloat16" ("bf16"), or None: bfloat16 where the checkpoint is 16-bit and this CPU
     multiplies bfloat16, else float32. device: "cpu" or None. num_pages: of the pool; None takes
@@ -136,14 +138,12 @@ def load_runner(
     pool = KVPool(
         config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, torch_dtype, torch_device
     )
-    runner = Runner(model, pool, torch_dtype, torch_device)
-    runner.warm_up()
     log.info(
         "loaded %s (%s, %s) in %.1f s; %d pages of %d tokens, %.0f MB when all are used",
-        *(folder, config.architecture, runner.dtype, time.perf_counter() - begin, num_pages, page_size),
+        *(folder, config.architecture, torch_dtype, time.perf_counter() - begin, num_pages, page_size),
         num_pages * pool.bytes_per_page / 1e6,
     )
-    return runner
+    return Runner(model, pool, torch_dtype, torch_device)
 
 
 def _device(name: str | None) -> torch.device:

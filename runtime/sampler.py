@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from bough.runtime.batch import IntArray, SampleRequest
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.rng import uniforms
+
+_BLOCK = 256  # ids of one block of the cumulative distribution
+_CANDIDATES = 256  # likeliest tokens that top-k and top-p look at before they sort a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,11 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Draw
     for i, request in enumerate(requests):
         if _is_modified(request):
             _modify(logits[i], request)
-    tokens = logits.argmax(-1).numpy()
+    tokens: npt.NDArray[np.int64] = logits.numpy().argmax(-1)  # the first of equals, by numpy's promise
+    _check_possible(logits, tokens)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
-    _check_possible(logits, tokens)
     return [_result(int(tokens[i]), logprobs.get(i), params[i].logprobs) for i in range(len(requests))]
 
 
@@ -65,13 +69,14 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _check_finite(logits: torch.Tensor) -> None:
-    finite = logits.isfinite().all(dim=-1)
+    # Both pass NaN on; together a tenth of the time of looking at every element.
+    finite = (logits.amax(-1) - logits.amin(-1)).isfinite()
     if not bool(finite.all()):
         raise FloatingPointError(f"the model gave logits that are not finite in row {int((~finite).int().argmax())}")
 
 
-def _check_possible(logits: torch.Tensor, tokens: npt.NDArray[np.int64]) -> None:
-    chosen = logits.gather(1, torch.from_numpy(tokens).unsqueeze(1)).squeeze(1)
+def _check_possible(logits: torch.Tensor, likeliest: npt.NDArray[np.int64]) -> None:
+    chosen = logits.gather(1, torch.from_numpy(likeliest).unsqueeze(1)).squeeze(1)
     if bool(chosen.isinf().any()):
         raise FloatingPointError(f"every token is forbidden in row {int(chosen.isinf().int().argmax())}")
 
@@ -124,12 +129,27 @@ def _draw(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> npt.NDArra
     filtered = [i for i, p in enumerate(params) if p.top_p < 1 or p.top_k != -1 or p.min_p > 0]
     if filtered:
         probs[filtered] = _filter(probs[filtered], [params[i] for i in filtered])
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    points = torch.from_numpy(uniforms([r.seed for r in requests], [r.position for r in requests])).unsqueeze(1)
-    # The first id whose cumulative share is above the point: never one of probability 0.
-    chosen = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True).squeeze(1)
-    result: npt.NDArray[np.int64] = chosen.clamp_(max=logits.shape[1] - 1).numpy()
-    return result
+    return _invert(probs, uniforms([r.seed for r in requests], [r.position for r in requests])).numpy()
+
+
+def _invert(probs: torch.Tensor, points: npt.NDArray[np.float64]) -> torch.Tensor:
+    """Return (num_rows,) int64: the first id whose cumulative share of probs (num_rows, vocab_size) is above the point.
+
+    In two levels, blocks and then the ids of one block, because a running sum over all is 6 times as slow. Never an id
+    of probability 0.
+    """
+    num_rows = len(probs)
+    blocks = F.pad(probs, (0, -probs.shape[1] % _BLOCK)).view(num_rows, -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    targets = torch.from_numpy(points).unsqueeze(1) * ends[:, -1:]
+    block = torch.searchsorted(ends, targets, right=True)
+    before = F.pad(ends, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(num_rows), block.squeeze(1)]
+    shares = inside.cumsum(-1, dtype=torch.float64)
+    # The running sum may end a rounding below the block's: then the block's last possible id is meant.
+    last = _BLOCK - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
+    offset = torch.minimum(torch.searchsorted(shares, targets - before, right=True), last)
+    return (block * _BLOCK + offset).squeeze(1)
 
 
 def _filter(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -142,13 +162,36 @@ def _filter(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     ranked_rows = [i for i, p in enumerate(params) if p.top_p < 1 or p.top_k != -1]
     if not ranked_rows:
         return kept
-    ranked, ids = probs[ranked_rows].sort(stable=True, dim=-1, descending=True)
-    before = ranked.cumsum(-1, dtype=torch.float64) - ranked
-    vocab_size = probs.shape[1]
-    counts = [params[i].top_k if params[i].top_k != -1 else vocab_size for i in ranked_rows]
-    shares = torch.tensor([params[i].top_p for i in ranked_rows], dtype=torch.float64)
-    shares[shares == 1] = 2  # off: rounding in the sum must not cut the tail
-    excluded = (before >= shares.unsqueeze(1)) | (torch.arange(vocab_size) >= torch.tensor(counts).unsqueeze(1))
-    outside = torch.zeros_like(excluded).scatter_(1, ids, excluded)
-    kept[ranked_rows] = kept[ranked_rows].masked_fill(outside, 0.0)
+    kept[ranked_rows] = _cut(kept[ranked_rows], probs[ranked_rows], [params[i] for i in ranked_rows])
     return kept
+
+
+def _cut(kept: torch.Tensor, probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Return `kept` with 0 for what top-k or top-p exclude when tokens are ranked by `probs`.
+
+    Looks at the likeliest tokens first: sorting 4,096 takes 10 times as long as finding 128. Only the rows
+    whose cut lies further down, or among equals of the last candidate, are sorted whole.
+    """
+    vocab_size = probs.shape[1]
+    ids = probs.topk(min(_CANDIDATES, vocab_size)).indices.sort(-1).values  # ascending ids: equals rank by id
+    ranked, order = probs.gather(1, ids).sort(stable=True, dim=-1, descending=True)
+    inside = _is_inside(ranked, params)
+    lowest_kept = torch.where(inside, ranked, torch.inf).amin(-1)
+    settled = (lowest_kept > ranked[:, -1]).tolist()
+    result = torch.zeros_like(kept)
+    chosen = ids.gather(1, order)
+    result.scatter_(1, chosen, torch.where(inside, kept.gather(1, chosen), 0.0))
+    for row in (i for i, is_settled in enumerate(settled) if not is_settled):
+        ranked, order = probs[row : row + 1].sort(stable=True, dim=-1, descending=True)
+        inside = _is_inside(ranked, params[row : row + 1])
+        result[row, order[0]] = torch.where(inside, kept[row, order], 0.0)[0]
+    return result
+
+
+def _is_inside(ranked: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Tell which ranked probabilities (num_rows, count) lie within the row's top_k and top_p."""
+    before = ranked.cumsum(-1, dtype=torch.float64) - ranked
+    counts = torch.tensor([p.top_k if p.top_k != -1 else np.iinfo(np.int64).max for p in params])
+    # 1 is off: rounding in the sum must not cut the tail.
+    shares = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=torch.float64)
+    return (before < shares.unsqueeze(1)) & (torch.arange(ranked.shape[1]) < counts.unsqueeze(1))

@@ -150,3 +150,10 @@ def test_bfloat16_stays_near_float32() -> None:
         expected = oracle("llama")(torch.tensor(ids[None].astype(np.int64))).logits[0]
     (text,) = texts(device, [ids])
     assert (logits(device, text.row(16)) - expected).abs().mean() < 0.15
+
+
+def test_warming_up_leaves_no_trace_in_results() -> None:
+    device = load_runner(tiny_model("llama"), page_size=4, max_total_tokens=2 * CONTEXT_LEN)
+    device.warm_up()
+    assert generate(device, texts(device, [random_ids(33, seed=33)]), NUM_NEW) == [expected_tokens("llama", 33)]
+    assert device.execute(Batch(())) == []

@@ -76,9 +76,11 @@ def run(case: Case) -> torch.Tensor:
 
 
 def run_definition(case: Case) -> torch.Tensor:
-    arrays = (case.layout.qo_indptr, case.layout.kv_indptr, case.layout.kv_indices, case.layout.kv_lens)
+    layout = case.layout
+    qo_indptr, kv_indptr = torch.from_numpy(layout.qo_indptr), torch.from_numpy(layout.kv_indptr)
+    kv_indices, kv_lens = torch.from_numpy(layout.kv_indices), torch.from_numpy(layout.kv_lens)
     q, k, v = case.q.double(), case.k_pages.double(), case.v_pages.double()
-    return definition(q, k, v, *map(torch.from_numpy, arrays), q.shape[-1] ** -0.5)
+    return definition(q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, q.shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

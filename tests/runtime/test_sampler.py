@@ -29,6 +29,17 @@ def request(
     return SampleRequest(SamplingParams(**params), seed, position, *ids, forbidden)
 
 
+def plain_draw(logits: list[float], r: SampleRequest, point: float) -> int | None:
+    """Return the token that inverts the plain distribution, None if the point is too near an edge to tell.
+
+    Nearer than float32 tells apart (1e-6) either neighbour is right; for 50 tokens the odds are 1e-4 a draw.
+    """
+    cumulative = np.cumsum(plain_weights(logits, r))
+    if np.abs(cumulative / cumulative[-1] - point).min() < 1e-6:
+        return None
+    return int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
+
+
 def random_logits(rows: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
@@ -83,10 +94,18 @@ def test_a_draw_inverts_the_cumulative_distribution_of_the_plain_definition(para
     points = uniforms([r.seed for r in rows], [r.position for r in rows])
     draws = sample(logits.clone(), rows)
     for row, r, point, draw in zip(logits.tolist(), rows, points, draws, strict=True):
-        cumulative = np.cumsum(plain_weights(row, r))
-        nearest = np.abs(cumulative / cumulative[-1] - point).min()
-        if nearest > 1e-6:  # closer to an edge than float32 tells apart, either neighbour is right: odds 1e-4 a draw
-            assert draw.token == int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
+        assert draw.token == plain_draw(row, r, point) or plain_draw(row, r, point) is None
+
+
+@pytest.mark.parametrize("parameters", [*PARAMETERS[4:7], {"top_k": 256}, {"top_k": 300}, {"top_p": 0.999}], ids=str)
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_the_cut_is_right_far_down_and_among_equals(parameters: dict[str, Any], levels: int) -> None:
+    """1,000 tokens with few distinct logits: the candidates looked at first seldom settle where to cut."""
+    rows = [request(seed=seed, **parameters) for seed in range(30)]
+    logits = (random_logits(30, seed=5, vocab_size=1000) * levels / 9).round() * 9 / levels
+    points = uniforms([r.seed for r in rows], [r.position for r in rows])
+    for row, r, point, draw in zip(logits.tolist(), rows, points, sample(logits.clone(), rows), strict=True):
+        assert draw.token == plain_draw(row, r, point) or plain_draw(row, r, point) is None
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 40_000])
