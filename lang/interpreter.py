@@ -7,6 +7,7 @@ no thread.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -57,6 +58,9 @@ class Interpreter:
         "_ancestors",
         "_closed",
         "_last_extend",
+        "_num_forks",
+        "_num_gens",
+        "_path",
         "_sent",
         "backend",
         "feed",
@@ -81,6 +85,7 @@ class Interpreter:
         self._last_extend: Future[protocol.Extended] | None = None
         self._ancestors: list[tuple[Branch, Sequence[Future[Any]]]] = []  # left behind by gens with n > 1
         self._closed: BoughError | None = None
+        self._path = self._num_gens = self._num_forks = 0  # the place in the program, for seeds
 
     # ------------------------------------------------------------------------------------------ append
 
@@ -123,7 +128,7 @@ class Interpreter:
 
     def _generate(self, gen: Gen) -> Call:
         self.flush()
-        params = self.sampling.params_with(gen.overrides)
+        params = self._params(gen)
         n = gen.n or self.sampling.n
         chunks: list[str] | None = None if self.feed is None else []
         branches = [self._branch()] if n == 1 else self.backend.fork(self._branch(), n)
@@ -137,6 +142,17 @@ class Interpreter:
         if n > 1:
             self._continue_on_first(branches, replies)
         return self._called(GenCall(gen.name, replies, chunks))
+
+    def _params(self, gen: Gen) -> protocol.SamplingParams:
+        """Return the gen's parameters. A seed of the whole run gives every gen its own, by its place in the program.
+
+        Otherwise all branches of a fork would draw the same text.
+        """
+        params = self.sampling.params_with(gen.overrides)
+        self._num_gens += 1
+        if params.seed is None or "seed" in gen.overrides:
+            return params
+        return msgspec.structs.replace(params, seed=_derived(params.seed, self._path, self._num_gens))
 
     def _collector(self, chunks: list[str]) -> OnDelta:
         feed = self.feed
@@ -246,10 +262,14 @@ class Interpreter:
             self.flush()
             trunk = Trunk(self.trunk, self.strand, len(self.strand.items))
             children = [Interpreter(self.backend, self.sampling) for _ in range(size)]
-            for child, branch in zip(children, self.backend.fork(self._branch(), size), strict=True):
+            self._num_forks += 1
+            branches = self.backend.fork(self._branch(), size)
+            for index, (child, branch) in enumerate(zip(children, branches, strict=True)):
                 child.lease.branch = branch
                 child.trunk = trunk
                 child.role = self.role
+                if self.sampling.params.seed is not None:
+                    child._path = _derived(self._path, self._num_forks, index)
             self.strand.forks.append((trunk.length, [child.strand for child in children]))
             return children
 
@@ -281,6 +301,12 @@ class Interpreter:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise self._closed.again()
+
+
+def _derived(*numbers: int) -> int:
+    """Return a seed (63 bits) that depends on all the numbers, and is the same on every machine."""
+    data = b"".join(number.to_bytes(8, "little") for number in numbers)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def _all_done(futures: Sequence[Future[Any]]) -> bool:

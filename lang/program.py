@@ -65,7 +65,8 @@ class Program:
         Besides the program's arguments it takes defaults for every gen that does not say otherwise: max_tokens (or
         max_new_tokens), min_tokens, n, stop, stop_token_ids, stop_regex, temperature, top_p, top_k, min_p,
         frequency_penalty, presence_penalty, repetition_penalty, logit_bias, seed, ignore_eos, return_logprob,
-        top_logprobs_num, timeout. Where a program has a parameter of such a name, it is the program's.
+        top_logprobs_num, timeout. Where a program has a parameter of such a name, it is the program's. From `seed` each
+        gen gets a seed of its own, by its place in the program: the same run gives the same texts, its branches differ.
         """
         target = chosen(backend)
         sampling, arguments = self._split(kwargs)
