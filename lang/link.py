@@ -122,9 +122,9 @@ class Link:
         self.send(protocol.Hello(next(self.ops), f"bough pid {self._pid}"), Entry(protocol.Welcome, None, hello))
         try:
             return hello.result(timeout_s)
-        except BoughError:
+        except BoughError as error:
             self.stop()
-            raise
+            raise error.again() from error.__cause__
         except FutureTimeout:
             self.stop()
             raise RuntimeLost(f"no runtime answered at {self.address} within {timeout_s:g} s") from None

@@ -26,7 +26,7 @@ from bough.errors import BoughError, ResourceExhausted, RuntimeLost, Timeout, fr
 
 MAX_PATH_BYTES: Final = 100
 """A Unix socket's path has 107 bytes at most (sun_path), less on other systems."""
-TAIL_LINES: Final = 40
+TAIL_LINES: Final = 20
 TERMINATE_S: Final = 5.0
 QUIET_S: Final = 1.0
 """Loading that takes longer shows its progress, if someone is watching."""

@@ -331,7 +331,7 @@ class ScriptedBackend:
 
     def _reply(self, name: str | None, target: _Branch, params: SamplingParams) -> str:
         reply = self._next_reply(name)
-        return reply if isinstance(reply, str) else reply(target.whole(), params)
+        return reply(target.whole(), params) if callable(reply) else reply
 
     def _next_reply(self, name: str | None) -> Reply:
         if self._queue is not None:

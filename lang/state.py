@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bough.backend import Backend
 from bough.errors import InvalidRequest, UnknownVariable
@@ -21,6 +21,8 @@ from bough.streaming import Feed, Run, iterate, iterate_async
 if TYPE_CHECKING:
     from bough.group import Copy, Group
     from bough.scopes import RoleScope, VarScope
+
+S = TypeVar("S", bound="State")
 
 
 class State:
@@ -45,7 +47,7 @@ class State:
 
     # ------------------------------------------------------------------------------------------ append
 
-    def __iadd__(self, other: str | Expression) -> State:
+    def __iadd__(self: S, other: str | Expression) -> S:
         """Append text or an expression. Raises InvalidRequest at once for what cannot be appended here."""
         for call in self._interpreter.append(pieces_of(other)):
             if call.name is not None:

@@ -171,7 +171,7 @@ def test_heartbeats_go_on_while_nothing_happens(peer: Loopback, client: RuntimeC
 
 def failing(kind: Any, cause_kind: type[Any]) -> Any:
     """Return answers where operations of one type fail, and all later ones of the branch depend on it."""
-    failed: dict[int, int] = {}
+    failed: dict[Any, int] = {}
 
     def answer(request: Any) -> Any:
         branch = getattr(request, "branch", None)

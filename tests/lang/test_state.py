@@ -155,7 +155,12 @@ def test_n_gives_a_list_and_the_text_goes_on_with_the_first() -> None:
 
 def test_each_of_n_draws_with_a_seed_of_its_own() -> None:
     seeds: list[int | None] = []
-    s = State(bo.ScriptedBackend(lambda text, params: str(seeds.append(params.seed))))
+
+    def reply(text: str, params: protocol.SamplingParams) -> str:
+        seeds.append(params.seed)
+        return "ok"
+
+    s = State(bo.ScriptedBackend(reply))
     s += bo.gen("x", n=3, seed=7)
     s.sync()
     assert seeds == [7, 8, 9]

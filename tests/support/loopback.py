@@ -89,7 +89,7 @@ class Loopback:
         self._mute = False
         self._held: deque[tuple[bytes, protocol.Request]] = deque()
         self._clients: list[bytes] = []
-        self._todo: deque[Callable[[zmq.Socket[bytes]], None]] = deque()
+        self._todo: deque[Callable[[zmq.Socket[bytes]], object]] = deque()
         self._changed = threading.Condition()
         self._ended = False
         self._bell, self._ear = sockets.socketpair()
@@ -152,7 +152,7 @@ class Loopback:
         with self._changed:
             assert self._changed.wait_for(is_so, WAIT_S), f"not in {WAIT_S} s; received {self.requests}"
 
-    def _do(self, action: Callable[[zmq.Socket[bytes]], None]) -> None:
+    def _do(self, action: Callable[[zmq.Socket[bytes]], object]) -> None:
         self._todo.append(action)
         self._bell.send(b"\0")
 
