@@ -16,7 +16,7 @@ def solve(s, a, b):
     s += bo.system("You are a careful assistant.")
     thoughts = s.fork(WIDTH)
     thoughts += bo.user(f"What is {a} + {b}? Think step by step.")
-    thoughts += bo.assistant(bo.gen("thought", max_tokens=64, temperature=0.7))
+    thoughts += bo.assistant(bo.gen("thought", max_tokens=64, temperature=1.2))
     for thought in thoughts:
         claim = f"{a} + {b} = {last_number(thought['thought'])}"
         judge = s.fork()[0]

@@ -288,7 +288,10 @@ class Interpreter:
         """Take no more, and hand the branch to whoever releases it; what was appended can still be read."""
         with self.lock:
             if any(isinstance(item, Mark) for item in self.strand.items[self._sent :]):
-                self.flush()  # only the backend knows how it renders them
+                try:
+                    self.flush()  # only the backend knows how it renders them
+                except BoughError as error:  # told to who reads the text, not to who closes
+                    reason = error
             if self._closed is None:
                 self._closed = reason
             return self.lease.take()

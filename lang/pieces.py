@@ -48,7 +48,7 @@ class Mark:
     def text(self) -> str:
         """Wait for what the chat template writes here."""
         if self.reply is None:  # readers send what is pending first, unless there is no branch to send it to
-            raise Cancelled("this branch was cancelled before its last messages were sent")
+            raise Cancelled("this branch was closed before its last messages were sent, nobody has rendered them")
         rendered = result_of(self.reply).rendered
         return rendered[self.index] if self.index < len(rendered) else ""
 

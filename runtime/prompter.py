@@ -62,7 +62,8 @@ class Prompter:
             copy = tail.copy()
             copy.append(choice)
             continued.append(copy.flush())
-        left = len(tail.pending.encode())
+        # Counted in the bytes of tokens, not of text: SentencePiece puts a space of its own before a first word.
+        left = sum(len(self.tokenizer.token_bytes(token)) for token in tail.copy().flush())
         skip = 0
         for ids in zip(*continued, strict=False):
             left -= len(self.tokenizer.token_bytes(ids[0]))
