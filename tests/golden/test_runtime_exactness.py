@@ -1,6 +1,6 @@
 """The whole runtime against transformers: greedy tokens and scores do not depend on how the work was arranged.
 
-Tiny random checkpoints of each architecture, float32, through a real runtime process. With a budget of 32 tokens a step,
+Tiny random float32 checkpoints of each architecture, through a real runtime process. With a budget of 32 tokens a step,
 the short prompts are computed whole and the long ones in chunks, beside the decodes of others.
 """
 
