@@ -260,6 +260,22 @@ def test_a_dead_peer_wakes_every_waiter(peer: Loopback, client: RuntimeClient) -
     lost(client, waiting, "closed the connection")
 
 
+def test_a_join_of_lost_branches_raises_where_they_are_read(peer: Loopback, client: RuntimeClient) -> None:
+    s = State(client)
+    peer.hold()
+    forks = s.fork(2)
+    forks += bo.assistant(bo.gen("x"))
+    peer.expect(2, protocol.Generate)
+    peer.die()
+    forks.join()
+    with pytest.raises(bo.RuntimeLost):
+        s["x"]
+    for fork in forks:
+        assert isinstance(fork.error(), bo.RuntimeLost)
+        with pytest.raises(bo.RuntimeLost):
+            fork.text()
+
+
 def test_a_process_that_ended_is_told_with_its_reason(peer: Loopback) -> None:
     reason: list[str] = []
     with RuntimeClient(peer.address, watch=lambda: reason[0] if reason else None) as client:
