@@ -29,6 +29,7 @@ import zmq
 import zmq.utils.monitor
 
 from bough.errors import BackendError, BoughError, InvalidRequest, Overloaded, ProtocolMismatch, RuntimeLost, from_reply
+from bough.liveness import Liveness
 from bough.runtime import protocol
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ HIGH_WATER_MARK: Final = 1000  # messages in ZeroMQ's own queues; what exceeds i
 MAX_OUTBOX: Final = 100_000
 MAX_FAILURES: Final = 4096  # failed operations remembered, to name the cause of what fails after them
 LINGER_MS: Final = 200
-WATCH_S: Final = 0.5
 _GONE: Final = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
@@ -87,8 +87,7 @@ class Link:
         self.bytes_in = 0
         self.welcome: protocol.Welcome | None = None
         self.ops = count(1)
-        self._silence_s = silence_s
-        self._watch = watch
+        self._liveness = Liveness(address, silence_s, watch, time.monotonic())
         self._keys = keys
         self._pid = os.getpid()
         self._outbox: deque[list[protocol.Buffer]] = deque()
@@ -99,8 +98,6 @@ class Link:
         self._rung = False
         self._bell, self._ear = sockets.socketpair()
         self._thread: threading.Thread | None = None
-        self._ping: int | None = None
-        self._heard_at = self._pinged_at = self._watched_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------------ any thread
 
@@ -219,7 +216,7 @@ class Link:
             if self._stopping:
                 return
             poller.register(dealer, zmq.POLLIN if sent_all else zmq.POLLIN | zmq.POLLOUT)
-            ready = dict(poller.poll(self._patience_ms()))
+            ready = dict(poller.poll(int(self._liveness.patience_s(time.monotonic()) * 1000) + 1))
             if self._ear.fileno() in ready:
                 self._listen()
             self._receive_all(dealer)
@@ -250,7 +247,7 @@ class Link:
                 frames = dealer.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._heard_at = time.monotonic()
+            self._liveness.heard(time.monotonic())
             self.bytes_in += sum(map(len, frames))
             try:
                 replies, buffers = protocol.decode_replies(frames)
@@ -273,9 +270,12 @@ class Link:
         value = reply if entry.convert is None else entry.convert(reply, buffers)
         del self._inflight[reply.op]  # not before it is known to be good: a bad reply loses the link and all in flight
         if isinstance(reply, protocol.Welcome):
-            self.welcome = reply  # by this thread, which is about to wait: heartbeats begin here
-        if isinstance(reply, protocol.Pong):
-            self._handle_pong(reply)
+            self.welcome = reply
+            self._liveness.welcomed(reply.heartbeat_s, reply.epoch)
+        elif isinstance(reply, protocol.Pong):
+            loss = self._liveness.ponged(reply.epoch)
+            if loss is not None:
+                self._lose(loss)
         if entry.future is not None:
             entry.future.set_result(value)
         return None
@@ -311,48 +311,18 @@ class Link:
             entry.future.set_exception(error if cause is None else cause.for_dependant())
         return None
 
-    def _handle_pong(self, pong: protocol.Pong) -> None:
-        self._ping = None
-        if self.welcome is not None and pong.epoch != self.welcome.epoch:
-            self._lose(RuntimeLost(f"the runtime at {self.address} was restarted (epoch {pong.epoch})"))
-
     # ------------------------------------------------------------------------------------------ life and death
-
-    def _patience_ms(self) -> int:
-        """Return how long the thread may wait for something to happen before it looks after the connection's life."""
-        wait_s = WATCH_S if self._watch is not None else 60.0
-        if self.welcome is not None:
-            due_at = self._pinged_at + self._heartbeat_s()
-            if self._ping is not None:
-                due_at = max(self._heard_at, self._pinged_at) + self._silence_s
-            wait_s = min(wait_s, max(0.0, due_at - time.monotonic()))
-        return int(wait_s * 1000) + 1
-
-    def _heartbeat_s(self) -> float:
-        assert self.welcome is not None, "there are no heartbeats before the welcome"
-        return max(0.05, self.welcome.heartbeat_s)
 
     def _check_life(self) -> None:
         now = time.monotonic()
-        if self._watch is not None and now - self._watched_at >= WATCH_S:
-            self._watched_at = now
-            reason = self._watch()
-            if reason is not None:
-                return self._lose(RuntimeLost(reason))
-        if self.welcome is None or self._lost is not None:
-            return None
-        if self._ping is not None and now - max(self._heard_at, self._pinged_at) > self._silence_s:
-            return self._lose(
-                RuntimeLost(
-                    f"the runtime at {self.address} has not answered a ping for {self._silence_s:g} s: it hangs",
-                    silence_s=self._silence_s,
-                )
-            )
-        if self._ping is None and now - self._pinged_at >= self._heartbeat_s():
-            self._ping, self._pinged_at = next(self.ops), now
-            self._inflight[self._ping] = Entry(protocol.Pong)
-            self._outbox.append(_encoded(protocol.Ping(self._ping), ()))
-        return None
+        loss = self._liveness.loss(now)
+        if loss is not None:
+            self._lose(loss)
+        elif self._liveness.must_ping(now):
+            op = next(self.ops)
+            self._inflight[op] = Entry(protocol.Pong)
+            self._outbox.append(_encoded(protocol.Ping(op), ()))
+            self._liveness.pinged(op, now)
 
     def _check_monitor(self, monitor: zmq.Socket[Any]) -> None:
         event = zmq.utils.monitor.recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
@@ -364,8 +334,9 @@ class Link:
     def _reason_of_death(self) -> str | None:
         """Give the process a moment to be reaped, so that the error can tell its exit status."""
         deadline = time.monotonic() + 0.5
-        while self._watch is not None and time.monotonic() < deadline:
-            reason = self._watch()
+        watch = self._liveness.watch
+        while watch is not None and time.monotonic() < deadline:
+            reason = watch()
             if reason is not None:
                 return reason
             time.sleep(0.01)

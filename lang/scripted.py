@@ -6,36 +6,32 @@ before it, `max_tokens` counts words, and what an earlier call on the same tree 
 
 from __future__ import annotations
 
-import re
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 from bough.backend import Branch, Generation, OnDelta
-from bough.errors import BackendError, BoughError, Cancelled, ContextOverflow, InvalidRequest, of
+from bough.errors import BoughError, Cancelled, ContextOverflow, InvalidRequest, of
 from bough.runtime import protocol
 from bough.runtime.protocol import (
     ChoiceMethod,
     Extended,
-    FinishReason,
     Part,
     SamplingParams,
     Selected,
     TokenLogprob,
     Usage,
 )
+from bough.script import Choose, Replies, Script, cut, words_of
 
 T = TypeVar("T")
-Reply: TypeAlias = "str | Callable[[str, Any], str]"
-Replies: TypeAlias = "Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[str, SamplingParams], str]"
 
 _NOBODY: Final = -1  # in place of the branch that a cancel would have to name
-_WORD: Final = re.compile(r"\s*\S+|\s+\Z")
 
 
 class _Branch:
@@ -97,14 +93,11 @@ class ScriptedBackend:
         self,
         replies: Replies = (),
         *,
-        choose: Callable[[str, Sequence[str]], str] | None = None,
+        choose: Choose | None = None,
         context_len: int | None = None,
         chunk_words: int = 1,
     ) -> None:
-        self._replies = replies
-        self._queue = deque(replies) if isinstance(replies, Sequence) and not isinstance(replies, str) else None
-        self._named: dict[str, deque[Reply]] = {}
-        self._choose = choose
+        self._script = Script(replies, choose)
         self._context_len = context_len
         self._chunk_words = chunk_words
         self._lock = threading.RLock()
@@ -205,8 +198,8 @@ class ScriptedBackend:
         """Append the next reply of the script, cut at stop strings and after `max_tokens` words."""
 
         def work(target: _Branch) -> Generation:
-            text, reason, stop = _cut(self._reply(name, target, params), params)
-            words = text.split() if params.logprobs is None and on_delta is None else _WORD.findall(text)
+            text, reason, stop = cut(self._script.reply(name, target.whole, params), params)
+            words = text.split() if params.logprobs is None and on_delta is None else words_of(text)
             if on_delta is not None:
                 for start in range(0, len(words), self._chunk_words):
                     on_delta("".join(words[start : start + self._chunk_words]))
@@ -258,7 +251,7 @@ class ScriptedBackend:
         def work(target: _Branch) -> Extended:
             if not 0 <= length <= target.length:
                 raise InvalidRequest(f"length must be between 0 and {target.length}, got {length}", field="length")
-            kept = "".join(_WORD.findall(target.whole())[:length])
+            kept = "".join(words_of(target.whole())[:length])
             target.parent, target.text, target.length = None, [kept], length
             target.read = min(target.read, length)
             return Extended(0, length)
@@ -327,39 +320,10 @@ class ScriptedBackend:
         self._do(branch, run, future.set_exception)
         return future
 
-    # ------------------------------------------------------------------------------------------ the script
-
-    def _reply(self, name: str | None, target: _Branch, params: SamplingParams) -> str:
-        reply = self._next_reply(name)
-        return reply(target.whole(), params) if callable(reply) else reply
-
-    def _next_reply(self, name: str | None) -> Reply:
-        if self._queue is not None:
-            if not self._queue:
-                raise BackendError(f"the script has no reply left for {name!r}")
-            return self._queue.popleft()
-        if isinstance(self._replies, Mapping):
-            if name is None or name not in self._replies:
-                raise BackendError(f"the script has no reply for {name!r}")
-            found = self._replies[name]
-            if isinstance(found, str) or callable(found):
-                return found
-            left = self._named.setdefault(name, deque(found))
-            if not left:
-                raise BackendError(f"the script has no reply left for {name!r}")
-            return left.popleft()
-        assert callable(self._replies), "replies are a list, a dict or a callable"
-        return self._replies
+    # ------------------------------------------------------------------------------------------ results
 
     def _selected(self, name: str | None, target: _Branch, choices: Sequence[str]) -> Selected:
-        if isinstance(self._replies, Mapping) and name in self._replies:
-            reply = self._next_reply(name)
-            choice = reply if isinstance(reply, str) else reply(target.whole(), choices)
-        else:
-            choice = choices[0] if self._choose is None else self._choose(target.whole(), choices)
-        if choice not in choices:
-            raise BackendError(f"the script chose {choice!r}, which is not one of {list(choices)}")
-        index = list(choices).index(choice)
+        index = self._script.choice(name, target.whole, choices)
         sure = [1.0 if i == index else 0.0 for i in range(len(choices))]
         tokens = [[TokenLogprob(score - 1.0, 0, text)] for score, text in zip(sure, choices, strict=True)]
         scores = [score - 1.0 for score in sure]
@@ -398,21 +362,3 @@ def _render(target: _Branch, part: Part) -> str:
         text = "<|im_end|>\n"
     target.append(text)
     return text
-
-
-def _cut(reply: object, params: SamplingParams) -> tuple[str, FinishReason, str | None]:
-    """Return the reply up to the first stop and `max_tokens` words, why it ended, and the stop that did it."""
-    if not isinstance(reply, str):
-        raise BackendError(f"a reply of the script must be text, got {reply!r}")
-    found = [(reply.find(stop), stop) for stop in params.stop if stop in reply]
-    for pattern in params.stop_regex:
-        match = re.search(pattern, reply)
-        if match is not None:
-            found.append((match.start(), match.group()))
-    end, stop = min(found, default=(len(reply), None))
-    text = reply[:end]
-    if len(text) > params.max_tokens:  # a text has at most as many words as characters
-        words = _WORD.findall(text)
-        if len(words) > params.max_tokens:
-            return "".join(words[: params.max_tokens]), "length", None
-    return text, "stop", stop
