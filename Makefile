@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $(PYTEST_ARGS) # spinning threads and two cores do not go together
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

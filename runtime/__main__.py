@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-running", type=int, default=defaults.max_running, metavar="N")
     parser.add_argument("--schedule-policy", choices=SCHEDULE_POLICIES, default=defaults.schedule_policy)
     parser.add_argument("--no-radix-cache", action="store_true", help="keep no prefixes between operations")
+    parser.add_argument("--exact", action="store_true", help="prefill computes the same bits as decode (slower)")
     parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
@@ -114,6 +115,7 @@ def _build(
         page_size=options.page_size,
         max_total_tokens=options.max_total_tokens,
         on_progress=lambda done, total: report(phase="loading", done=done, total=total),
+        exact=options.exact,
     )
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)

@@ -31,8 +31,13 @@ class StepInputs:
     score_rows: tuple[int, ...]
 
 
-def build_inputs(batch: Batch, page_size: int, num_heads: int, num_kv_heads: int, device: torch.device) -> StepInputs:
-    """Return the tensors of a batch with at least one row, each with at least one new token."""
+def build_inputs(
+    batch: Batch, page_size: int, num_heads: int, num_kv_heads: int, device: torch.device, *, exact: bool = False
+) -> StepInputs:
+    """Return the tensors of a batch with at least one row, each with at least one new token.
+
+    exact: attend every token as a decode does, so that a token's bits do not tell whether it was prefilled or drawn.
+    """
     rows = batch.rows
     num_new = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
@@ -56,10 +61,28 @@ def build_inputs(batch: Batch, page_size: int, num_heads: int, num_kv_heads: int
         positions=torch.from_numpy(positions),
         slots=torch.from_numpy(page * page_size + positions % page_size),
         end_position=int(layout.kv_lens.max()),
-        attention=plan_attention(layout, num_heads, num_kv_heads, device),
+        attention=plan_attention(_token_by_token(layout) if exact else layout, num_heads, num_kv_heads, device),
         wanted=torch.from_numpy(_wanted(rows, layout.qo_indptr, sample_rows, score_rows)),
         sample_rows=sample_rows,
         score_rows=score_rows,
+    )
+
+
+def _token_by_token(layout: PagedLayout) -> PagedLayout:
+    """Return the layout in which every new token is a sequence of its own, that ends with it."""
+    num_new = np.diff(layout.qo_indptr)
+    owner = np.repeat(np.arange(len(num_new)), num_new)
+    later = layout.qo_indptr[owner + 1] - 1 - np.arange(len(owner))  # new tokens of the sequence after this one
+    kv_lens = (layout.kv_lens[owner] - later).astype(np.int32)
+    num_pages = -(-kv_lens // layout.page_size)
+    pages = [layout.kv_indices[layout.kv_indptr[b] :][:count] for b, count in zip(owner, num_pages, strict=True)]
+    return PagedLayout(
+        qo_indptr=np.arange(len(owner) + 1, dtype=np.int32),
+        kv_indptr=_indptr(num_pages.astype(np.int64)),
+        kv_indices=np.concatenate(pages),
+        kv_lens=kv_lens,
+        is_decode=np.ones(len(owner), dtype=np.bool_),
+        page_size=layout.page_size,
     )
 
 

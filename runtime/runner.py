@@ -35,9 +35,13 @@ class Runner:
 
     config: the model's. num_pages, page_size: of the pool. vocab_size, context_len: the model's limits. dtype, device:
     names, such as "bfloat16" and "cpu". model, pool: the parts, for tests and tools; only `execute` writes the pool.
+    exact: prefill attends as decode does, token by token, so that what was drawn and is computed again (after its KV
+    was evicted, or in a new runtime) has the same bits.
     """
 
-    def __init__(self, model: Llama, pool: KVPool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Llama, pool: KVPool, dtype: torch.dtype, device: torch.device, *, exact: bool = False
+    ) -> None:
         self.config: ModelConfig = model.config
         self.num_pages = pool.num_pages
         self.page_size = pool.page_size
@@ -47,6 +51,7 @@ class Runner:
         self.device = device.type
         self.model = model
         self.pool = pool
+        self.exact = exact
         self._torch_device = device
 
     @torch.inference_mode()
@@ -59,7 +64,12 @@ class Runner:
         if not batch.rows:
             return []
         inputs = build_inputs(
-            batch, self.page_size, self.config.num_heads, self.config.num_kv_heads, self._torch_device
+            batch,
+            self.page_size,
+            self.config.num_heads,
+            self.config.num_kv_heads,
+            self._torch_device,
+            exact=self.exact,
         )
         hidden = self.model.forward(inputs, self.pool)
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
@@ -113,6 +123,8 @@ def load_runner(
     num_pages: int | None = None,
     max_total_tokens: int | None = None,
     on_progress: OnProgress | None = None,
+    *,
+    exact: bool = False,
 ) -> Runner:
     """Load a checkpoint's folder and return its runner, not yet warm.
 
@@ -123,7 +135,7 @@ def load_runner(
     ceil(max_total_tokens / page_size). max_total_tokens None: a quarter of the memory available now, but at most
     64 * context_len and 131,072 tokens, and at least one whole context. One token takes
     2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. on_progress(done_bytes, total_bytes) is called
-    while weights load.
+    while weights load. exact: a token's bits do not tell whether it was prefilled or drawn (slower prefill).
 
     Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument.
     """
@@ -143,7 +155,7 @@ def load_runner(
         *(folder, config.architecture, torch_dtype, time.perf_counter() - begin, num_pages, page_size),
         num_pages * pool.bytes_per_page / 1e6,
     )
-    return Runner(model, pool, torch_dtype, torch_device)
+    return Runner(model, pool, torch_dtype, torch_device, exact=exact)
 
 
 def _device(name: str | None) -> torch.device:

@@ -168,7 +168,7 @@ class Scheduler:
                 self._exhausted.append(sequence)
                 sequence.is_paused = True
                 return False
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return False
         return True
@@ -178,7 +178,8 @@ class Scheduler:
         candidates = [s for s in self.running if s not in planned]
         return next((s for s in reversed(candidates) if s.is_paused), candidates[-1])
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Put a running sequence back among the waiting; its KV is published before its pages are released."""
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
@@ -229,7 +230,7 @@ class Scheduler:
         """Take place and pages from a sequence whose reader stalls; False if there is none."""
         paused = next((s for s in reversed(self.running) if s.is_paused), None)
         if paused is not None:
-            self._preempt(paused)
+            self.preempt(paused)
         return paused is not None
 
     def _start(self, sequence: Sequence) -> None:

@@ -1,0 +1,175 @@
+"""The answer never depends on the cache: tokens and log-probabilities are the same bits however they came about.
+
+A real model in exact mode under the real scheduler; each case first asserts that what it is about really happened.
+Freed pages are filled with NaN, so that a page that is read after it was freed shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+from tiny_models import random_ids, tiny_model
+
+from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.protocol import SamplingParams
+from bough.runtime.runner import Runner, load_runner
+from bough.runtime.scheduler import Scheduler
+from bough.runtime.sequence import Sequence
+from bough.runtime.vector import IntArray
+
+PAGE_SIZE = 8
+NUM_PAGES = 160
+NUM_TOKENS = 24
+PROMPT = random_ids(45, seed=1)
+PARAMS = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, top_p=0.9, logprobs=2, ignore_eos=True)
+
+Draws: TypeAlias = list[tuple[int | None, float | None, tuple[tuple[float, int], ...]]]
+
+
+@cache
+def runner(dtype: str) -> Runner:
+    return load_runner(tiny_model("qwen3"), dtype=dtype, page_size=PAGE_SIZE, num_pages=NUM_PAGES, exact=True)
+
+
+class Machine:
+    """A runtime without its wire: a fresh cache over the one model."""
+
+    def __init__(self, dtype: str, *, budget: int = 256) -> None:
+        self.runner = runner(dtype)
+        self.runner.pool.poison(np.arange(NUM_PAGES))
+        self.cache = PrefixCache(NUM_PAGES, PAGE_SIZE)
+        self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=16)
+        self.draws: dict[Sequence, Draws] = {}
+
+    def submit(self, prompt: IntArray, seed: int = 7, num_tokens: int = NUM_TOKENS) -> Sequence:
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.8, top_p=0.9, logprobs=2, ignore_eos=True)
+        sequence = Sequence(prompt, params=params, seed=seed)
+        self.draws[sequence] = []
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def step(self) -> None:
+        free = set(np.flatnonzero(self.cache.allocator.holders() == 0).tolist())
+        step = self.scheduler.plan()
+        if step is None:
+            return
+        for outcome in self.scheduler.commit(step, self.runner.execute(step.batch)):
+            sequence, result = outcome.sequence, outcome.result
+            if result.token is not None:
+                self.draws[sequence].append((result.token, result.logprob, result.top))
+                assert sequence.params is not None
+                if len(sequence.generated) == sequence.params.max_tokens:
+                    self.scheduler.finish(sequence)
+        freed = set(np.flatnonzero(self.cache.allocator.holders() == 0).tolist()) - free
+        if freed:
+            self.runner.pool.poison(np.array(sorted(freed)))
+
+    def run(self, between: Callable[[int], None] = lambda step: None) -> None:
+        step = 0
+        while self.scheduler.has_work:
+            self.step()
+            between(step)
+            step += 1
+            assert step < 2000
+
+    def draw(self, prompt: IntArray, **options: int) -> Draws:
+        sequence = self.submit(prompt, **options)
+        self.run()
+        return self.draws[sequence]
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@cache
+def cold(dtype: str) -> Draws:
+    machine = Machine(dtype)
+    draws = machine.draw(PROMPT)
+    assert machine.scheduler.counters.cached_tokens == 0
+    assert len({token for token, _, _ in draws}) > 5
+    return draws
+
+
+def test_warm_equals_cold(dtype: str) -> None:
+    machine = Machine(dtype)
+    machine.draw(PROMPT, num_tokens=3)
+    again = machine.submit(PROMPT)
+    machine.run()
+    assert again.cached_tokens == len(PROMPT) - 1
+    assert machine.draws[again] == cold(dtype)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 16, 44])
+def test_chunked_equals_whole(dtype: str, budget: int) -> None:
+    machine = Machine(dtype, budget=budget)
+    assert machine.draw(PROMPT) == cold(dtype)
+    assert machine.scheduler.counters.steps >= NUM_TOKENS - 1 + len(PROMPT) / budget
+
+
+def test_forked_equals_its_own_text(dtype: str) -> None:
+    machine = Machine(dtype)
+    tails = [np.concatenate([PROMPT[:29], random_ids(16, seed=10 + i)]) for i in range(3)]
+    forks = [machine.submit(tokens) for tokens in (*tails, PROMPT)]
+    machine.run()
+    assert sum(fork.cached_tokens >= 29 for fork in forks) >= 3
+    assert machine.draws[forks[-1]] == cold(dtype)
+    for fork, tokens in zip(forks, tails, strict=False):
+        assert machine.draws[fork] == Machine(dtype).draw(tokens)
+
+
+def test_batched_with_strangers_equals_alone(dtype: str) -> None:
+    machine = Machine(dtype, budget=40)
+    for i in range(8):
+        machine.submit(random_ids(5 + 9 * i, seed=20 + i), seed=i, num_tokens=10 + i)
+    ours = machine.submit(PROMPT)
+    machine.run()
+    assert machine.scheduler.counters.steps < sum(10 + i for i in range(8))
+    assert machine.draws[ours] == cold(dtype)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize("evict", [False, True])
+def test_preempted_equals_undisturbed(dtype: str, every: int, evict: bool) -> None:
+    machine = Machine(dtype)
+    ours = machine.submit(PROMPT)
+
+    def disturb(step: int) -> None:
+        if step % every == 0 and ours in machine.scheduler.running:
+            machine.scheduler.preempt(ours)
+            if evict:  # what was drawn must be computed again, as a prefill
+                machine.cache.flush()
+
+    machine.run(disturb)
+    assert ours.num_preemptions >= (NUM_TOKENS - 1) // every
+    assert (machine.scheduler.counters.recomputed_tokens > len(PROMPT)) == evict
+    assert machine.draws[ours] == cold(dtype)
+
+
+@pytest.mark.parametrize("kept", [1, 10, 23])
+def test_rolled_back_equals_never_gone_further(dtype: str, kept: int) -> None:
+    machine = Machine(dtype)
+    first = cold(dtype)
+    machine.draw(np.concatenate([PROMPT, [token for token, _, _ in first[:kept]], [5, 6, 7]]).astype(np.int32), seed=3)
+    drawn = [token for token, _, _ in first[:kept]]
+    back = machine.submit(np.concatenate([PROMPT, drawn]).astype(np.int32), num_tokens=NUM_TOKENS - kept)
+    machine.run()
+    assert back.cached_tokens == len(PROMPT) + kept - 1
+    assert machine.draws[back] == first[kept:]
+
+
+@pytest.mark.parametrize("kept", [1, 10, 23])
+def test_reopened_in_a_new_runtime_equals_never_interrupted(dtype: str, kept: int) -> None:
+    first = cold(dtype)
+    drawn = [token for token, _, _ in first[:kept]]
+    machine = Machine(dtype)
+    reopened = machine.submit(np.concatenate([PROMPT, drawn]).astype(np.int32), num_tokens=NUM_TOKENS - kept)
+    machine.run()
+    assert reopened.cached_tokens == 0
+    assert machine.draws[reopened] == first[kept:]
