@@ -19,8 +19,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, runtime_checkable
+
+import msgspec
 
 from bough.errors import InvalidRequest
 from bough.runtime.protocol import (
@@ -38,8 +39,7 @@ Branch: TypeAlias = int
 OnDelta: TypeAlias = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(msgspec.Struct, frozen=True):
     """The end of a `generate`: the text appended, its token ids, what ended it, what it cost."""
 
     text: str

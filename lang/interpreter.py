@@ -287,7 +287,8 @@ class Interpreter:
     def close(self, reason: BoughError) -> Branch | None:
         """Take no more, and hand the branch to whoever releases it; what was appended can still be read."""
         with self.lock:
-            if any(isinstance(item, Mark) for item in self.strand.items[self._sent :]):
+            pending = self.strand.items[self._sent :]
+            if pending and any(isinstance(item, Mark) for item in pending):
                 try:
                     self.flush()  # only the backend knows how it renders them
                 except BoughError as error:  # told to who reads the text, not to who closes
