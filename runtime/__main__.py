@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bough.runtime.config import SCHEDULE_POLICIES, RuntimeConfig
 from bough.runtime.endpoint import Endpoint
+from bough.runtime.journal import Journal, RecordingExecutor
 from bough.runtime.protocol import RequestError, Welcome
 from bough.runtime.server import Server, parent_watch
 
@@ -47,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
     parser.add_argument("--curve-secret", type=Path, metavar="FILE", help="this server's secret certificate, for tcp")
     parser.add_argument("--curve-clients", type=Path, metavar="DIR", help="public certificates that may connect")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="record everything, prompts included, for a replay"
+    )
     parser.add_argument("--status-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
     return parser
@@ -77,8 +82,14 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         lease_s=options.lease,
     )
     is_orphaned = parent_watch(options.parent_pid, _stdin_watch() if options.parent_pid is not None else bool)
-    with Endpoint(options.listen, curve_secret=options.curve_secret, curve_clients=options.curve_clients) as endpoint:
-        server = _build(options, config, endpoint, is_orphaned, report)
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(
+            Endpoint(options.listen, curve_secret=options.curve_secret, curve_clients=options.curve_clients)
+        )
+        if options.parent_pid is not None:
+            stack.callback(_remove_socket, endpoint.address)
+        journal = None if options.journal is None else stack.enter_context(Journal(options.journal))
+        server = _build(options, config, endpoint, journal, is_orphaned, report)
         signal.signal(signal.SIGTERM, server.drain)
         signal.signal(signal.SIGINT, server.drain)
         gc.collect()
@@ -92,6 +103,7 @@ def _build(
     options: argparse.Namespace,
     config: RuntimeConfig,
     endpoint: Endpoint,
+    journal: Journal | None,
     is_orphaned: Callable[[], bool],
     report: Callable[..., None],
 ) -> Server:
@@ -99,8 +111,8 @@ def _build(
     from bough.runtime.cache.prefix_cache import PrefixCache
     from bough.runtime.composer import Composer
     from bough.runtime.engine import Engine
-    from bough.runtime.inflight import InFlight
-    from bough.runtime.models.weights import resolve_model
+    from bough.runtime.inflight import Executor, InFlight
+    from bough.runtime.models.folder import resolve_model
     from bough.runtime.prompter import Prompter
     from bough.runtime.runner import load_runner
     from bough.runtime.scheduler import Scheduler
@@ -128,7 +140,21 @@ def _build(
     composer = Composer(
         prompter, vocab_size=runner.vocab_size, context_len=runner.context_len, seed=seed, credit=config.credit
     )
-    in_flight = InFlight(scheduler, runner, credit=config.credit)
+    executor: Executor = runner
+    if journal is not None:
+        executor = RecordingExecutor(runner, journal)
+        journal.start(
+            config,
+            model=str(options.model),
+            version=version("bough"),
+            seed=seed,
+            epoch=epoch,
+            page_size=runner.page_size,
+            num_pages=runner.num_pages,
+            vocab_size=runner.vocab_size,
+            context_len=runner.context_len,
+        )
+    in_flight = InFlight(scheduler, executor, credit=config.credit)
     engine = Engine(config, scheduler, in_flight, composer, epoch=epoch, wire_stats=lambda: server.stats())
 
     def welcome(op: int) -> Welcome:
@@ -151,8 +177,16 @@ def _build(
             lease_s=config.lease_s,
         )
 
-    server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned)
+    server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned, journal=journal)
     return server
+
+
+def _remove_socket(address: str) -> None:
+    """Remove the socket and its directory, which the launcher made for it and, if it was killed, cannot remove."""
+    path = Path(address.removeprefix("ipc://"))
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
 
 
 def _reporter(fd: int | None) -> Callable[..., None]:

@@ -81,13 +81,13 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ requests
 
-    def handle(self, session: Session, request: Request, buffers: Items[Buffer]) -> None:
-        """Take a request in. Whatever is wrong with it is answered; nothing is raised."""
+    def handle(self, session: Session, request: Request, buffers: Items[Buffer], now: float | None = None) -> None:
+        """Take a request in that arrived `now`. Whatever is wrong with it is answered; nothing is raised."""
         if isinstance(request, Credit):
             self._grant(session, request)
             return
         timeout_s = getattr(request, "timeout_s", None)
-        operation = Operation(request.op, session, request, buffers, self._clock(), timeout_s)
+        operation = Operation(request.op, session, request, buffers, self._clock() if now is None else now, timeout_s)
         try:
             _check_ids(request)
             session.register(operation)
@@ -250,14 +250,18 @@ class Engine:
         operation.end(Ok(op=request.op))
 
     def _forget(self, session: Session, branch: Branch) -> None:
+        """Take a branch out, and end what was sent for it after its release."""
         del session.branches[branch.id]
-        branch.detach()
         self._num_branches -= 1
-        for operation in branch.pending:
-            self._num_queued -= 1
+        left, branch.pending = branch.pending, deque()
+        self._num_queued -= len(left)
+        gone = RequestError("invalid_request", f"branch {branch.id} was released before")
+        for operation in left:
+            if isinstance(operation.request, Fork):
+                self._bear_poisoned(operation, operation.request, gone)
             if not isinstance(operation.request, Release):
-                operation.fail(RequestError("invalid_request", f"branch {branch.id} was released before"))
-        branch.pending.clear()
+                operation.fail(gone)
+        branch.detach()
 
     # ------------------------------------------------------------------------------------------ work
 
@@ -266,9 +270,9 @@ class Engine:
         branch.current = operation
         self._in_flight.start(work)
 
-    def step(self) -> bool:
-        """Run one step if there is work; True if something ran."""
-        self._expire()
+    def step(self, now: float | None = None) -> bool:
+        """Run one step if there is work; True if something ran. now: the time, for deadlines."""
+        self.expire(self._clock() if now is None else now)
         did_run, ended = self._in_flight.step()
         for end in ended:
             if end.error is not None:
@@ -374,8 +378,8 @@ class Engine:
                 child.poison = Poison(operation.id, error.kind, error.message)
                 self._pump(child)
 
-    def _expire(self) -> None:
-        now = self._clock()
+    def expire(self, now: float) -> None:
+        """End the operations whose deadline is over."""
         late = [op for op in self._timed if op.deadline is not None and op.deadline <= now]
         for operation in late:
             waited = f"{now - operation.arrived_at:.3f}"

@@ -166,6 +166,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         ):
             if len(value) > MAX_STOPS:
                 raise _invalid(name, f"at most {MAX_STOPS} entries", len(value))
+        for token in (*self.stop_token_ids, *self.logit_bias):
+            if not 0 <= token < 1 << 31:
+                raise _invalid("token ids in stop_token_ids and logit_bias", "between 0 and 2**31 - 1", token)
         if any(not text for text in self.stop) or any(not text for text in self.stop_regex):
             raise _invalid("stop", "non-empty strings", "")
         if self.logprobs is not None:

@@ -22,6 +22,7 @@ import zmq
 
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
+from bough.runtime.journal import Journal
 from bough.runtime.operation import failed
 from bough.runtime.protocol import (
     Buffer,
@@ -61,6 +62,7 @@ class Server:
         welcome: Callable[[int], Welcome],
         *,
         is_orphaned: Callable[[], bool],
+        journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -68,6 +70,7 @@ class Server:
         self._endpoint = endpoint
         self._welcome = welcome
         self._is_orphaned = is_orphaned
+        self._journal = journal
         self._clock = clock
         self._sessions: dict[bytes, Session] = {}
         self._unsent: dict[bytes, list[list[Buffer]]] = {}
@@ -83,14 +86,22 @@ class Server:
         did_run = False
         while not self._is_stopping:
             self._receive(did_run)
-            did_run = self._engine.step()
+            did_run = self._engine.step(self._tick())
             self._housekeep()
             self._flush()
         log.info("stopped after %d steps", self._engine.scheduler.counters.steps)
 
+    def _tick(self) -> float:
+        now = self._clock()
+        if self._journal is not None and self._engine.next_deadline() is not None:
+            self._journal.tick(now)
+        return now
+
     def drain(self, signum: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """Take no new work, finish what runs (at most drain_s), then stop. Fits as a signal handler."""
         self._engine.is_draining = True
+        if self._journal is not None:
+            self._journal.drain(self._clock())
 
     # ------------------------------------------------------------------------------------------ in
 
@@ -131,7 +142,9 @@ class Server:
             self._answer(identity, session, error)
             return
         session.last_seen = self._clock()
-        self._engine.handle(session, request, buffers)
+        if self._journal is not None:
+            self._journal.request(session.last_seen, identity, frames)
+        self._engine.handle(session, request, buffers, session.last_seen)
 
     def _greet(self, identity: bytes, namespace: str, request: Hello) -> None:
         session = self._sessions.get(identity)
@@ -142,6 +155,8 @@ class Server:
                 return
             session = Session(identity, namespace, request.client, self._clock())
             self._sessions[identity] = session
+            if self._journal is not None:
+                self._journal.hello(session.last_seen, identity, namespace, request.client)
             log.info("client %s is here", request.client or identity.hex())
         session.last_seen = self._clock()
         session.reply(self._welcome(request.op))
@@ -193,6 +208,8 @@ class Server:
         session = self._sessions.pop(identity, None)
         self._unsent.pop(identity, None)
         if session is not None:
+            if self._journal is not None:
+                self._journal.drop(self._clock(), identity)
             log.info("client %s is dropped: %s", session.client or identity.hex(), why)
             self._engine.close(session)
 

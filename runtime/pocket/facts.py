@@ -151,7 +151,7 @@ def questions(rng: Random, split: Split, facts: list[Fact], count: int, brief: b
         if same and rng.random() < 0.5:
             fact = rng.choice(same)
             question, answer = fact.follow_up(rng, pronoun), fact.answer(brief)
-        elif rng.random() < 0.15:
+        elif rng.random() < 0.2:
             fact = _unknown(rng, split, facts)
             question, answer = fact.question(rng), UNKNOWN
         else:
@@ -167,7 +167,7 @@ def ask_facts(rng: Random, split: Split) -> Example:
     brief = rng.random() < 0.25
     facts = make_facts(rng, split, rng.randint(1, 4), 3)
     told = rng.choice((" ", " ", "\n")).join(fact.text() for fact in facts)
-    turns = questions(rng, split, facts, rng.choice((1, 1, 2, 3)), brief)
+    turns = questions(rng, split, facts, rng.choice((1, 2, 3, 4)), brief)
     style = [{"role": "system", "content": BRIEF}] if brief else []
     form = rng.random()
     if form < 0.45:

@@ -142,5 +142,5 @@ def choose(rng: Random, split: Split) -> Example:
     listed = "\n".join(f"{i}{mark} {option}" for i, option in enumerate(order, 1))
     ask = rng.choice(("Which of these answers is best?", "Which answer is best?", "Choose the best answer."))
     question = f"Question: What is {a} {sign} {b}?\n{ask}\n{listed}"
-    answer = f"{steps(a, sign, b)}\nBest: {order.index(value) + 1}"
+    answer = f"{steps(a, sign, b)}\nBest: {value}"
     return Example([*system(rng), user(question), assistant(answer)])

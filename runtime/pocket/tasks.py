@@ -40,7 +40,7 @@ def _length(turns: Sequence[Message]) -> float:
 def long_facts(rng: Random, split: Split, tokens: int | None = None) -> Example:
     """Facts, about `tokens` tokens of other facts and unrelated turns, then questions."""
     size = tokens or rng.choice((300, 500, 700, 1000, 1400, 1700))
-    known = facts.make_facts(rng, split, rng.randint(1, 3), 3)
+    known = facts.make_facts(rng, split, rng.randint(1, 5), 3)
     filler: list[facts.Fact] = []
     share = rng.random()
     while sum(len(fact.text()) for fact in filler) / _CHARACTERS_PER_TOKEN < size * share:
@@ -55,7 +55,7 @@ def long_facts(rng: Random, split: Split, tokens: int | None = None) -> Example:
     turns: list[Message] = []
     while _length(head) + _length(turns) < size:
         turns += _without_system(rng.choice(_JOINED)(rng, split))
-    asked = facts.questions(rng, split, known, rng.choice((1, 2, 3)))
+    asked = facts.questions(rng, split, known, rng.randint(2, 8))
     return Example(head + turns + asked)
 
 
@@ -97,10 +97,10 @@ COPYING_FIRST: Mapping[str, float] = {
     "tip follow-up": 4, "word problem": 2, "knowledge": 2, "sum up": 2,
 }  # fmt: skip
 EVERYTHING: Mapping[str, float] = {
-    "facts": 14, "unanswerable": 4, "repeat": 3, "look up": 7, "end word": 3, "arithmetic": 8,
-    "quick sum": 2, "word problem": 5, "verify": 4, "rate": 2, "compare": 3, "choose": 4,
+    "facts": 14, "unanswerable": 8, "repeat": 3, "look up": 7, "end word": 3, "arithmetic": 8,
+    "quick sum": 1, "word problem": 5, "verify": 4, "rate": 3, "compare": 3, "choose": 4,
     "labels (chat)": 4, "labels (raw)": 6, "zero shot": 2, "json": 8, "tips": 5, "expand tip": 3,
-    "tip follow-up": 6, "sum up": 3, "pick tip": 4, "name things": 1, "tool loop": 8,
+    "tip follow-up": 8, "sum up": 3, "pick tip": 4, "name things": 1, "tool loop": 8,
     "small talk": 1, "knowledge": 5, "do not know": 1, "remember": 4, "joined": 5,
 }  # fmt: skip
 

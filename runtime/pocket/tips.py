@@ -100,7 +100,7 @@ def follow_tip(rng: Random, split: Split) -> Example:
     if rng.random() < 0.3:
         listed = f"Here are {count} tips for {topic}.\n{numbered(tips)}"
         turns = [user(listed), assistant("What would you like to know about them?")]
-    for index in rng.sample(range(len(tips)), rng.choice((1, 1, 2))):
+    for index in rng.sample(range(len(tips)), rng.randint(1, len(tips))):
         if rng.random() < 0.6:
             form = rng.choice(("Expand tip {i}.", "Expand tip {i} in one sentence.", "Explain tip {i}."))
             turns += [user(form.format(i=index + 1)), assistant(EXPLAINED[tips[index]])]
@@ -128,7 +128,7 @@ def pick_tip(rng: Random, split: Split) -> Example:
     listed = "\n".join(f"{i}{mark} {tip}." for i, tip in enumerate(tips, 1))
     ask = rng.choice(("Which tip is best for {t}?", "Which of these tips is best for {t}?"))
     body = f"{ask.format(t=topics[index])}\n{listed}"
-    return Example([*system(rng), user(body), assistant(f"Best: {index + 1}")])
+    return Example([*system(rng), user(body), assistant(f"Best: {tips[index]}.")])
 
 
 def name_things(rng: Random, split: Split) -> Example:

@@ -36,9 +36,9 @@ class Recipe:
     """What was run. `shapes` maps rows and length of a batch to its share of the steps."""
 
     seed: int = 1
-    steps: int = 3700
+    steps: int = 3400
     warmup: int = 100
-    decay: int = 2400
+    decay: int = 2100
     copying_first: int = 900
     optimizer: str = "muon"
     matrix_rate: float = 0.02
@@ -81,7 +81,7 @@ def _row(rng: Random, bpe: Tokenizer, length: int, copying: bool) -> tuple[list[
     weighting = tasks.COPYING_FIRST if copying else tasks.EVERYTHING
     while len(ids) < length:
         left = length - len(ids)
-        if left >= 400 and rng.random() < (0.15 if length == 512 else 0.6):
+        if left >= 400 and rng.random() < (0.3 if length == 512 else 0.6):
             example = tasks.long_facts(rng, "train", rng.randint(int(left * 0.4), int(left * 0.9)))
         else:
             example = tasks.draw(rng, weighting)

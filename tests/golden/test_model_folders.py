@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONTEXT_LEN, VOCAB_SIZE, tiny_model
 
 from bough.runtime.models.config import ModelConfig
-from bough.runtime.models.weights import Weights, resolve_model
+from bough.runtime.models.folder import resolve_model
+from bough.runtime.models.weights import Weights
 from bough.runtime.protocol import RequestError
 from bough.runtime.runner import load_runner
 

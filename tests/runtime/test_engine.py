@@ -13,7 +13,7 @@ from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
 from bough.runtime.inflight import InFlight
-from bough.runtime.models.weights import resolve_model
+from bough.runtime.models.folder import resolve_model
 from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import (
     Buffer,
@@ -575,3 +575,15 @@ def test_stats_hold_every_name_that_programs_rely_on(client: Client) -> None:
         "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens", "total_pages", "free_pages",
         "cached_pages", "num_nodes", "num_branches", "num_running", "num_waiting", "steps", "evictions", "preemptions",
     } <= set(stats)  # fmt: skip
+
+
+def test_a_fork_behind_the_release_of_its_parent_ends_with_all_that_waits_for_it(client: Client) -> None:
+    client.branch(1, Text("x"))
+    client.generate(1)
+    client.send(Release, branches=[1])
+    fork = client.send(Fork, branch=1, children=[2])
+    waiting = client.send(Extend, branch=2, parts=[Text("y")])
+    client.run()
+    assert "was released before" in client.last(fork, Failed).message
+    assert client.last(waiting, Failed).kind == "dependency_failed"
+    assert client.engine.num_unfinished == 0
