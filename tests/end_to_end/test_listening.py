@@ -1,0 +1,125 @@
+"""Who may connect: the user's own processes over ipc, over tcp those whose key is on the list, and nobody else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.auth
+from processes import START_S, wait_until, within
+from tiny_checkpoints import tiny_checkpoint
+
+import bough as bo
+from bough.process import module_command
+
+
+def refusal(*options: str) -> str:
+    """Start a runtime that must refuse to; return what it said."""
+    command = [*module_command(), str(tiny_checkpoint()), *options]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_tcp_without_keys_is_refused() -> None:
+    said = refusal("--listen", "tcp://127.0.0.1:0")
+    assert "tcp needs CURVE keys (--curve-secret FILE) and an allow-list of clients (--curve-clients DIRECTORY)" in said
+
+
+def test_tcp_without_an_allow_list_is_refused(tmp_path: Path) -> None:
+    _, secret = zmq.auth.create_certificates(tmp_path, "server")
+    assert "an allow-list" in refusal("--listen", "tcp://127.0.0.1:0", "--curve-secret", secret)
+
+
+def test_ipc_in_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    said = refusal("--listen", f"ipc://{tmp_path}/s")
+    assert f"{tmp_path} must belong to you and be closed to others (mode 0700, it has 0755)" in said
+
+
+def test_an_address_of_another_kind_is_refused() -> None:
+    assert "listen must be ipc://PATH or tcp://HOST:PORT" in refusal("--listen", "inproc://x")
+
+
+class Keys:
+    """Key pairs as zmq.auth writes them: a server's, and two clients' of which the first is on the list."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "clients").mkdir()
+        (folder / "strangers").mkdir()
+        self.clients = folder / "clients"
+        self.server_public_file, self.server_secret_file = zmq.auth.create_certificates(folder, "server")
+        _, self._friend = zmq.auth.create_certificates(self.clients, "friend")
+        _, self._stranger = zmq.auth.create_certificates(folder / "strangers", "stranger")
+
+    def options(self, who: str) -> dict[str, str]:
+        server, _ = zmq.auth.load_certificate(self.server_public_file)
+        public, secret = zmq.auth.load_certificate(self._friend if who == "friend" else self._stranger)
+        assert secret is not None
+        return {"server_public_key": server.decode(), "public_key": public.decode(), "secret_key": secret.decode()}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return Keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def address(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a runtime listens on tcp, on a port that the system chose."""
+    log = tmp_path_factory.mktemp("tcp") / "log"
+    command = [*module_command(), str(tiny_checkpoint()), "--listen", "tcp://127.0.0.1:0", "--log-level", "info"]
+    command += ["--curve-secret", keys.server_secret_file, "--curve-clients", str(keys.clients)]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stream)
+    try:
+        wait_until(
+            lambda: " on tcp://" in log.read_text() or process.poll() is not None, START_S, "the runtime listens"
+        )
+        found = re.search(r" on (tcp://127\.0\.0\.1:\d+)", log.read_text())
+        assert found is not None, log.read_text()
+        yield found[1]
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_client_whose_key_is_on_the_list_is_served(address: str, keys: Keys) -> None:
+    with bo.RuntimeClient(address, **keys.options("friend")) as client:
+        state = bo.State(client)
+        state += "The tree"
+        state += bo.gen("new", max_tokens=4, temperature=0)
+        assert within(20, state.error) is None
+        assert client.server_info()["address"] == address
+
+
+@pytest.mark.parametrize("who", ["stranger", "nobody"])
+def test_a_client_whose_key_is_not_on_the_list_is_told_so(address: str, keys: Keys, who: str) -> None:
+    options = keys.options(who) if who != "nobody" else {}
+    with pytest.raises(bo.RuntimeLost, match="keys"):
+        within(8, lambda: bo.RuntimeClient(address, timeout=3, **options))
+
+
+def test_a_client_that_expects_another_server_does_not_talk_to_this_one(address: str, keys: Keys) -> None:
+    options = keys.options("friend") | {"server_public_key": keys.options("stranger")["public_key"]}
+    with pytest.raises(bo.RuntimeLost):
+        within(8, lambda: bo.RuntimeClient(address, timeout=3, **options))
+
+
+def test_keys_come_all_three_or_none(address: str, keys: Keys) -> None:
+    with pytest.raises(bo.InvalidRequest, match="all three"):
+        bo.RuntimeClient(address, public_key=keys.options("friend")["public_key"])
+
+
+def test_where_nobody_listens_a_client_says_so_in_time(tmp_path: Path) -> None:
+    with pytest.raises(bo.RuntimeLost, match=r"no runtime answered at ipc://.* within 0\.3 s"):
+        within(5, lambda: bo.RuntimeClient(f"ipc://{tmp_path}/nobody", timeout=0.3))
