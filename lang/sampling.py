@@ -20,7 +20,6 @@ SAMPLING_NAMES: Final = (frozenset(SamplingParams.__struct_fields__) - {"logprob
 NOT_SUPPORTED: Final = frozenset(
     {"dtype", "regex", "json_schema", "type", "ebnf", "logprob_start_len", "return_text_in_logprobs"}
 )
-MAX_TOKEN_ID: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,3 @@ def _check(params: SamplingParams) -> None:
         params.check()
     except RequestError as error:
         raise from_request(error) from None
-    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        for token in ids:
-            if not 0 <= token <= MAX_TOKEN_ID:
-                raise InvalidRequest(f"{name} must hold token ids from 0 to {MAX_TOKEN_ID}, got {token}", field=name)

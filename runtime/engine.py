@@ -151,13 +151,16 @@ class Engine:
         if branch_id in session.branches:
             raise RequestError("invalid_request", f"branch {branch_id} is open already", branch=branch_id)
         if self._num_branches >= self.config.max_branches:
-            raise RequestError(
-                "overloaded", f"{self._num_branches} branches are open, which is the limit", retry_after_s=1.0
-            )
+            raise self._too_many_branches()
         branch = Branch(branch_id, path, TokenLog(), self._composer.empty_tail())
         session.branches[branch_id] = branch
         self._num_branches += 1
         return branch
+
+    def _too_many_branches(self) -> RequestError:
+        limit = self.config.max_branches
+        message = f"{self._num_branches} branches are open, the limit is {limit}: release some"
+        return RequestError("overloaded", message, limit=limit, retry_after_s=1.0)
 
     def _announce(self, operation: Operation, request: Fork) -> None:
         """Make a fork's children known at once, so that what is sent for them can queue until they are born."""
@@ -167,6 +170,8 @@ class Engine:
             )
         session = operation.session
         parent = session.branch(request.branch)
+        if self._num_branches + len(request.children) > self.config.max_branches:
+            raise self._too_many_branches()
         clash = next((c for c in request.children if c in session.branches), None)
         if clash is not None or len(set(request.children)) != len(request.children):
             raise RequestError("invalid_request", f"children must be new, distinct ids, got {request.children[:8]}")
@@ -195,6 +200,9 @@ class Engine:
             branch = ready.popleft()
             while branch.is_born and branch.current is None and branch.pending:
                 operation = branch.pending.popleft()
+                if operation.progress is Progress.ENDED:  # while it waited: only what was sent after it depends on it
+                    branch.poison = branch.poison or operation.poison
+                    continue
                 self._num_queued -= 1
                 self._carry_out(operation, branch, ready)
 
@@ -212,6 +220,9 @@ class Engine:
             self._execute(operation, branch, request)
         except RequestError as error:
             self._fail(operation, error)
+        except Exception as error:  # a bug of ours costs this operation, not the loop
+            log.exception("%s failed", type(request).__name__.lower())
+            self._fail(operation, RequestError("internal", f"{type(error).__name__}: {error}"))
 
     def _bear(self, parent: Branch, request: Fork, ready: deque[Branch]) -> None:
         for child_id in request.children:
@@ -253,7 +264,8 @@ class Engine:
         """Take a branch out, and end what was sent for it after its release."""
         del session.branches[branch.id]
         self._num_branches -= 1
-        left, branch.pending = branch.pending, deque()
+        left = [operation for operation in branch.pending if operation.progress is not Progress.ENDED]
+        branch.pending.clear()
         self._num_queued -= len(left)
         gone = RequestError("invalid_request", f"branch {branch.id} was released before")
         for operation in left:
@@ -307,7 +319,6 @@ class Engine:
         self._end(work.operation, branch, lambda: work.operation.end(reply))
 
     def _end(self, operation: Operation, branch: Branch, send: Callable[[], None]) -> None:
-        self._timed.pop(operation, None)
         branch.current = None
         send()
         self._pump(branch)
@@ -320,13 +331,12 @@ class Engine:
             self._in_flight.stop(operation.work)
             if isinstance(operation.work, Generation):  # what was drawn so far is not lost with the operation
                 error = RequestError(error.kind, error.message, **error.details, partial_text=operation.work.text)
-        self._timed.pop(operation, None)
-        branch = operation.branch
+        branch, was_queued = operation.branch, operation.progress is Progress.QUEUED
+        operation.poison = Poison(operation.id, error.kind, error.message)
         operation.fail(error)
-        if branch is None:
+        if branch is None or was_queued:
             return
-        if branch.poison is None:
-            branch.poison = Poison(operation.id, error.kind, error.message)
+        branch.poison = branch.poison or operation.poison
         if branch.current is operation:
             branch.current = None
             self._pump(branch)
@@ -349,7 +359,8 @@ class Engine:
 
     def _unfinished(self, branch: Branch) -> list[Operation]:
         running = [branch.current] if branch.current is not None else []
-        return [*running, *(op for op in branch.pending if not isinstance(op.request, Release))]
+        waiting = (op for op in branch.pending if op.progress is Progress.QUEUED)
+        return [*running, *(op for op in waiting if not isinstance(op.request, Release))]
 
     def cancel_operations(self, doomed: Items[Operation], error: RequestError) -> int:
         """End the given operations with `error`; return how many were still unfinished."""
@@ -358,10 +369,7 @@ class Engine:
             if operation.progress is Progress.ENDED:
                 continue  # ended as a consequence of an earlier one
             count += 1
-            branch = operation.branch
-            assert branch is not None
             if operation.progress is Progress.QUEUED:
-                branch.pending.remove(operation)
                 self._num_queued -= 1
             if isinstance(operation.request, Fork):
                 self._bear_poisoned(operation, operation.request, error)
@@ -380,6 +388,7 @@ class Engine:
 
     def expire(self, now: float) -> None:
         """End the operations whose deadline is over."""
+        self._timed = {op: None for op in self._timed if op.progress is not Progress.ENDED}
         late = [op for op in self._timed if op.deadline is not None and op.deadline <= now]
         for operation in late:
             waited = f"{now - operation.arrived_at:.3f}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bough.runtime.protocol import Buffer, Failed, Reply, Request, RequestError
 
 if TYPE_CHECKING:
-    from bough.runtime.branch import Branch
+    from bough.runtime.branch import Branch, Poison
     from bough.runtime.session import Session
     from bough.runtime.work import Work
 
@@ -25,7 +25,18 @@ class Progress(enum.Enum):
 class Operation:
     """A request with its session, its branch, and the work it became once it runs."""
 
-    __slots__ = ("arrived_at", "branch", "buffers", "deadline", "id", "progress", "request", "session", "work")
+    __slots__ = (
+        "arrived_at",
+        "branch",
+        "buffers",
+        "deadline",
+        "id",
+        "poison",
+        "progress",
+        "request",
+        "session",
+        "work",
+    )
 
     def __init__(
         self,
@@ -45,6 +56,7 @@ class Operation:
         self.progress = Progress.QUEUED
         self.branch: Branch | None = None
         self.work: Work | None = None
+        self.poison: Poison | None = None  # what depends on it inherits, if it failed
 
     def end(self, reply: Reply, buffers: Sequence[Buffer] = ()) -> None:
         """Send the terminal reply. The only place where an operation ends; a second end is our bug."""

@@ -56,6 +56,7 @@ MAX_STOPS: Final = 64
 MAX_LOGIT_BIAS: Final = 4096
 MAX_TOP_LOGPROBS: Final = 64
 MAX_ID: Final = (1 << 63) - 1
+MAX_TOKEN_ID: Final = (1 << 31) - 1
 
 REQUEST: Final = 0
 REPLIES: Final = 1
@@ -166,9 +167,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         ):
             if len(value) > MAX_STOPS:
                 raise _invalid(name, f"at most {MAX_STOPS} entries", len(value))
-        for token in (*self.stop_token_ids, *self.logit_bias):
-            if not 0 <= token < 1 << 31:
-                raise _invalid("token ids in stop_token_ids and logit_bias", "between 0 and 2**31 - 1", token)
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            for token in ids:
+                if not 0 <= token <= MAX_TOKEN_ID:
+                    raise _invalid(name, f"token ids from 0 to {MAX_TOKEN_ID}", token)
         if any(not text for text in self.stop) or any(not text for text in self.stop_regex):
             raise _invalid("stop", "non-empty strings", "")
         if self.logprobs is not None:

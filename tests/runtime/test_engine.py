@@ -587,3 +587,46 @@ def test_a_fork_behind_the_release_of_its_parent_ends_with_all_that_waits_for_it
     assert "was released before" in client.last(fork, Failed).message
     assert client.last(waiting, Failed).kind == "dependency_failed"
     assert client.engine.num_unfinished == 0
+
+
+def test_an_operation_that_failed_before_its_deadline_leaves_no_deadline_behind(client: Client) -> None:
+    client.branch(1, RoleEnd())
+    client.generate(1, timeout_s=1.0)
+    client.clock.now = 5.0
+    client.engine.step()
+    assert client.engine.next_deadline() is None
+
+
+def test_a_fork_beyond_the_limit_of_branches_leaves_no_unborn_children() -> None:
+    client = Client(max_branches=2)
+    client.send(Open, branch=1)
+    fork = client.send(Fork, branch=1, children=[2, 3])
+    assert client.last(fork, Failed).kind == "overloaded"
+    assert "branch 2 is not open" in client.last(client.send(Extend, branch=2, parts=[]), Failed).message
+
+
+def test_what_was_sent_before_a_cancelled_operation_does_not_depend_on_it(client: Client) -> None:
+    client.branch(1, Text("a b c"))
+    first = client.generate(1)
+    before = client.send(Extend, branch=1, parts=[Text(" and")])
+    client.send(Fork, branch=1, children=[2])
+    child = client.generate(2)
+    doomed = client.generate(1)
+    after = client.generate(1)
+    client.send(Cancel, target=doomed)
+    client.run()
+    for op in (first, child):
+        client.last(op, Generated)
+    client.last(before, Extended)
+    assert client.last(after, Failed).cause == doomed
+
+
+def test_a_rollback_sent_before_a_cancelled_operation_does_not_heal_it(client: Client) -> None:
+    client.branch(1, Text("a b c"))
+    client.generate(1)
+    client.send(Rollback, branch=1, length=1)
+    doomed = client.send(Extend, branch=1, parts=[Text(" more")])
+    dependent = client.generate(1)
+    client.send(Cancel, target=doomed)
+    client.run()
+    assert client.last(dependent, Failed).cause == doomed
