@@ -403,6 +403,10 @@ class Engine:
             self._forget(session, branch)
         self._drains = [operation for operation in self._drains if operation.session is not session]
 
+    def check(self) -> None:
+        """Look whether the bookkeeping is sound, and mend it if not. Costs O(everything): call it when idle."""
+        self._in_flight.check()
+
     @property
     def has_work(self) -> bool:
         """Whether a step could do something now."""
@@ -437,6 +441,7 @@ class Engine:
             "steps": counters.steps,
             "evictions": cache.num_evictions,
             "preemptions": counters.preemptions,
+            "rebuilds": counters.rebuilds,
             "total_pages": cache.num_pages,
             "free_pages": cache.allocator.num_free,
             "cached_pages": cache.tree.num_cached_pages(),

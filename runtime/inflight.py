@@ -75,7 +75,11 @@ class InFlight:
 
     def step(self) -> tuple[bool, list[Ended]]:
         """Run one step if there is work. Returns whether something ran, and what ended."""
-        step = self._scheduler.plan()
+        try:
+            step = self._scheduler.plan()
+        except Exception:
+            self._heal("a plan could not be made")
+            return True, []
         ended = [self._stopped(self._work[s], self._exhausted(s)) for s in self._scheduler.take_exhausted()]
         if step is None:
             return False, ended
@@ -84,9 +88,26 @@ class InFlight:
         except Exception as error:
             log.exception("a step failed; its operations fail with it")
             return True, ended + self._lose(step.sequences, error)
-        for outcome in self._scheduler.commit(step, results):
+        try:
+            outcomes = self._scheduler.commit(step, results)
+        except Exception as error:
+            self._heal("a step could not be committed")
+            return True, ended + self._lose(step.sequences, error)
+        for outcome in outcomes:
             ended.extend(self._settle(outcome))
         return True, ended
+
+    def check(self) -> None:
+        """Look whether tree, pages and leases still agree; if not, start the cache anew. O(everything): when idle."""
+        try:
+            self._scheduler.check_invariants()
+        except AssertionError:
+            self._heal("an invariant is broken")
+
+    def _heal(self, what: str) -> None:
+        """Go on after a bug of ours in the bookkeeping: the cache is rebuilt, what ran is computed again."""
+        log.exception("%s: the cache is rebuilt", what)
+        self._scheduler.rebuild()
 
     def _lose(self, sequences: Items[Sequence], error: Exception) -> list[Ended]:
         """Stop all work of a step that raised; nothing the step computed was published."""

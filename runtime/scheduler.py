@@ -50,6 +50,7 @@ class Counters:
     generated_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    rebuilds: int = 0
 
 
 class Scheduler:
@@ -295,6 +296,19 @@ class Scheduler:
                 sequence.tokens.append(result.token)
                 self.counters.generated_tokens += 1
         return [Outcome(sequence, result) for sequence, result in zip(step.sequences, results, strict=True)]
+
+    def rebuild(self) -> None:
+        """Start over with an empty cache; what ran is computed again. Tokens are the truth, so nothing is lost."""
+        self.counters.rebuilds += 1
+        self.cache = self.cache.emptied()
+        self._matched.clear()
+        for sequence in reversed(self.running):
+            sequence.lease = None
+            sequence.status = Status.WAITING
+            sequence.num_computed = 0
+            sequence.num_preemptions += 1
+            self._preempted.appendleft(sequence)
+        self.running = []
 
     def check_invariants(self) -> None:
         """Raise AssertionError if queues, leases, tree and pages disagree."""

@@ -38,6 +38,7 @@ from bough.runtime.session import Message, Session
 log = logging.getLogger(__name__)
 
 _IDLE_S = 0.5  # how often an idle loop looks at leases, deadlines and its parent
+_CHECK_S = 10.0  # how often an idle runtime checks its own bookkeeping
 _BLOCKED_S = 0.005  # how long to wait for messages when there is work that cannot run yet
 
 
@@ -77,6 +78,7 @@ class Server:
         self._is_stopping = False
         self._drain_until: float | None = None
         self._housekeeping_at = 0.0
+        self._check_at = 0.0
         self._bytes_in = 0
         self._bytes_out = 0
         self._num_bad_frames = 0
@@ -225,6 +227,9 @@ class Server:
         for session in list(self._sessions.values()):
             if now - session.last_seen > self._config.lease_s:
                 self._drop(session.identity, f"it was silent for {self._config.lease_s:g} s")
+        if now >= self._check_at and not self._engine.has_work:
+            self._check_at = now + _CHECK_S
+            self._engine.check()
         if self._is_orphaned():
             log.warning("the process that started this runtime is gone")
             self._is_stopping = True

@@ -54,6 +54,12 @@ class PrefixCache:
         self.allocator = PageAllocator(num_pages)
         self.tree = RadixTree(page_size, self.allocator)
 
+    def emptied(self) -> PrefixCache:
+        """Return a cache over the same pages that knows nothing of this one's tree and leases."""
+        empty = PrefixCache(self.num_pages, self.page_size, enabled=self.enabled)
+        empty.num_evictions = self.num_evictions
+        return empty
+
     @property
     def num_pages(self) -> int:
         return self.allocator.num_pages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -630,3 +630,73 @@ def test_a_rollback_sent_before_a_cancelled_operation_does_not_heal_it(client: C
     client.send(Cancel, target=doomed)
     client.run()
     assert client.last(dependent, Failed).cause == doomed
+
+
+def corrupt_tree(client: Client) -> None:
+    next(client.scheduler.cache.tree.nodes()).locks += 1
+
+
+def corrupt_holders(client: Client) -> None:
+    client.scheduler.cache.allocator._holders[:] = 0
+
+
+def corrupt_free_list(client: Client) -> None:
+    client.scheduler.cache.allocator._free.append(client.scheduler.cache.allocator._free[0])
+
+
+@pytest.mark.parametrize("corrupt", [corrupt_tree, corrupt_holders, corrupt_free_list])
+def test_broken_bookkeeping_is_counted_and_healed_and_no_answer_changes(
+    corrupt: Callable[[Client], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def answers(one: Client) -> list[str]:
+        return [one.last(gen, Generated).text for gen in gens]
+
+    expected: list[str] = []
+    for is_broken in (False, True):
+        client = Client()
+        client.branch(1, Text("Some text that is cached for later."))
+        client.generate(1)
+        client.run()
+        client.branch(2, Text("Some text that is cached for later. And more of it."))
+        client.branch(3, Text("Other text."))
+        gens = [client.generate(2, max_tokens=12), client.generate(3, max_tokens=12)]
+        for _ in range(4):
+            client.engine.step()
+        if is_broken:
+            corrupt(client)
+            client.engine.check()
+            assert client.engine.stats()["rebuilds"] == 1
+            assert "the cache is rebuilt" in caplog.text
+        client.run()
+        expected = expected or answers(client)
+    assert answers(client) == expected
+
+
+def test_a_plan_that_raises_heals_the_cache_instead_of_ending_the_loop(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.branch(1, Text("Some text."))
+    gen = client.generate(1, max_tokens=12)
+    client.engine.step()
+    client.engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(client.scheduler.cache, "reserve", lambda *args: 1 / 0)
+        client.engine.step()
+    client.run()
+    assert client.engine.stats()["rebuilds"] == 1
+    assert client.last(gen, Generated).usage.completion_tokens == 12
+
+
+def test_a_commit_that_raises_costs_the_operations_of_its_step_only(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.branch(1, Text("Some text."))
+    gen = client.generate(1, max_tokens=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(client.scheduler.cache, "publish", lambda *args: 1 / 0)
+        client.engine.step()
+    assert client.last(gen, Failed).kind == "internal"
+    client.branch(2, Text("Some text."))
+    other = client.generate(2)
+    client.run()
+    client.last(other, Generated)
