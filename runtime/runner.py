@@ -77,16 +77,28 @@ class Runner:
         return [_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
 
     def warm_up(self) -> None:
-        """Run a small prefill and a decode step, so that the first request does not pay for first calls.
+        """Run a small prefill, a decode step and a score with every option of the sampler.
+
+        The first request then does not pay for first calls, and no library imports anything later on.
 
         Writes the slots of the first page; call it before any page is in use.
         """
         count = min(self.page_size, self.context_len)
         tokens, page, none = np.zeros(count, dtype=np.int32), np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.int32)
+        every_option = SamplingParams(
+            top_p=0.9,
+            top_k=5,
+            min_p=0.1,
+            frequency_penalty=0.1,
+            repetition_penalty=1.1,
+            logit_bias={0: 1.0},
+            logprobs=1,
+        )
         prefill = SampleRequest(SamplingParams(), 0, count, generated=none, prompt=none, forbidden=())
-        decode = SampleRequest(SamplingParams(), 0, count, generated=tokens[:1], prompt=none, forbidden=())
+        decode = SampleRequest(every_option, 0, count, generated=tokens[:1], prompt=tokens, forbidden=(1,))
         self.execute(Batch((Row(tokens, 0, page, prefill),)))
         self.execute(Batch((Row(tokens[:1], count - 1, page, decode),)))
+        self.execute(Batch((Row(tokens[:1], 0, page, None, score_ids=tokens[:1]),)))
 
     def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, sampler.Draw]:
         requests = [request for row in batch.rows if (request := row.sample) is not None]
