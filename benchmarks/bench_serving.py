@@ -10,7 +10,9 @@ tokens cached; and the hit rate beside that of a cache that never forgets.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
@@ -38,24 +40,23 @@ def main() -> None:
     options = parser.parse_args()
     environment = harness.environment()
     reps = options.reps or (1 if options.quick else 3)
-    budget_s = options.budget or (5.0 if options.quick else 75.0)
+    budget_s = options.budget or (5.0 if options.quick else 85.0)
     workloads = [w for w in all_workloads(options.quick) if not options.only or w.name in options.only]
     model = llama_30m(options.models_dir)
-    systems: dict[str, Bough | Transformers] = {}
-    try:
-        systems[ON] = Bough(model, radix_cache=True)
-        systems[OFF] = Bough(model, radix_cache=False)
+    results = {}
+    with ExitStack() as stack:
+        systems: dict[str, Bough | Transformers] = {}
+        for name in (ON, OFF):
+            systems[name] = started = Bough(model, radix_cache=name == ON)
+            stack.callback(started.runtime.shutdown)
         if not options.no_baseline:
             systems[BASELINE] = Transformers(model)
         for system in systems.values():
             system.run(unshared(2, 64, 4, seed=99))  # warm-up: first calls of everything
-        results = {}
         for workload in workloads:
+            print(f"{workload.name}: {workload.shape} ...", file=sys.stderr)
             cases: dict[str, Callable[[], Run]] = {name: partial(s.run, workload) for name, s in systems.items()}
             results[workload.name] = _summary(workload, harness.interleaved(cases, reps, warm_up=0, budget_s=budget_s))
-    finally:
-        for system in systems.values():
-            system.close()
     harness.report("bench_serving", options, environment, results, [_table(results), _notes(results)])
 
 

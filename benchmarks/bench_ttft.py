@@ -36,13 +36,14 @@ def main() -> None:
     """Measure and report."""
     options = harness.parser(__doc__).parse_args()
     environment = harness.environment()
-    reps = options.reps or (3 if options.quick else 15)
+    reps = options.reps or (3 if options.quick else 11)
     prefix = 256 if options.quick else 1024
     model = llama_30m(options.models_dir)
     with ExitStack() as stack:
-        systems = {name: Bough(model, radix_cache=name == "on") for name in ("on", "off")}
-        for system in systems.values():
-            stack.callback(system.close)
+        systems: dict[str, Bough] = {}
+        for name in ("on", "off"):
+            systems[name] = Bough(model, radix_cache=name == "on")
+            stack.callback(systems[name].runtime.shutdown)
         first_token, row = _first_token(systems["on"].runtime, prefix, reps)
         zero_hits, rows = _zero_hits(systems, reps, options.quick)
     tables = [

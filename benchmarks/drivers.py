@@ -98,9 +98,6 @@ class Bough:
     def __init__(self, model: Path, *, radix_cache: bool) -> None:
         self.runtime = bough.Runtime(model, radix_cache=radix_cache, max_total_tokens=65_536)
 
-    def close(self) -> None:
-        self.runtime.shutdown()
-
     def run(self, workload: Workload) -> Run:
         """Carry the workload out."""
         self.runtime.flush_cache()
@@ -177,9 +174,6 @@ class Transformers:
 
         self._torch: Any = torch
         self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-
-    def close(self) -> None:
-        """Nothing runs outside this process."""
 
     def run(self, workload: Workload) -> Run:
         """Carry the workload out, piece by piece for all programs of a batch: their shapes are the same."""

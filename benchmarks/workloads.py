@@ -122,4 +122,4 @@ def all_workloads(quick: bool) -> list[Workload]:
     """Return the five shapes, at full or at small size."""
     if quick:
         return [few_shot(256, 8), fork(256, 8, answer=16), multi_turn(2, 3), select(256, 4), unshared(4, 128, 16)]
-    return [few_shot(1024, 64), fork(1024), multi_turn(8, 6), select(1024, 16), unshared(16, 512)]
+    return [few_shot(1024, 48), fork(1024), multi_turn(8, 6), select(1024, 12), unshared(16, 512)]
