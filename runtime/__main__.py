@@ -89,7 +89,7 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         if options.parent_pid is not None:
             stack.callback(_remove_socket, endpoint.address)
         journal = None if options.journal is None else stack.enter_context(Journal(options.journal))
-        server = _build(options, config, endpoint, journal, is_orphaned, report)
+        server = _build(options, config, endpoint, journal, _signal_fd(), is_orphaned, report)
         signal.signal(signal.SIGTERM, server.drain)
         signal.signal(signal.SIGINT, server.drain)
         gc.collect()
@@ -104,6 +104,7 @@ def _build(
     config: RuntimeConfig,
     endpoint: Endpoint,
     journal: Journal | None,
+    wake_fd: int,
     is_orphaned: Callable[[], bool],
     report: Callable[..., None],
 ) -> Server:
@@ -157,11 +158,13 @@ def _build(
     in_flight = InFlight(scheduler, executor, credit=config.credit)
     engine = Engine(config, scheduler, in_flight, composer, epoch=epoch, wire_stats=lambda: server.stats())
 
+    our_version = version("bough")
+
     def welcome(op: int) -> Welcome:
         return Welcome(
             op=op,
             epoch=epoch,
-            version=version("bough"),
+            version=our_version,
             model=str(options.model),
             architecture=runner.config.architecture,
             dtype=runner.dtype,
@@ -177,8 +180,16 @@ def _build(
             lease_s=config.lease_s,
         )
 
-    server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned, journal=journal)
+    server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned, journal=journal, wake_fd=wake_fd)
     return server
+
+
+def _signal_fd() -> int:
+    """Return a descriptor that becomes readable when a signal arrives."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    return readable
 
 
 def _remove_socket(address: str) -> None:

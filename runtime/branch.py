@@ -36,8 +36,11 @@ class Branch:
 
     marks: (token length, roles) wherever the roles changed, so that a rollback restores them.
     path: position in the tree of branches, (root id, child index, child index ...): the key of derived seeds.
-    A branch is unborn while the fork that makes it still waits for its parent.
+    A branch is unborn, without log and tail, while the fork that makes it still waits for its parent.
     """
+
+    log: TokenLog
+    tail: TextTail
 
     __slots__ = (
         "children",
@@ -56,21 +59,25 @@ class Branch:
         "tail",
     )
 
-    def __init__(self, branch_id: int, path: tuple[int, ...], log: TokenLog, tail: TextTail) -> None:
+    def __init__(self, branch_id: int, path: tuple[int, ...]) -> None:
         self.id = branch_id
         self.path = path
-        self.log = log
-        self.tail = tail
         self.roles = Roles()
         self.marks: tuple[tuple[int, Roles], ...] = ()
         self.num_draws = 0
         self.num_forked = 0
-        self.is_born = True
+        self.is_born = False
         self.poison: Poison | None = None
         self.current: Operation | None = None
         self.pending: deque[Operation] = deque()
         self.parent: Branch | None = None
         self.children: dict[int, Branch] = {}
+
+    def begin(self, tail: TextTail) -> None:
+        """Be born without a parent, with the given empty tail."""
+        self.log = TokenLog()
+        self.tail = tail
+        self.is_born = True
 
     def inherit(self, parent: Branch) -> None:
         """Take over everything `parent` holds now. O(1) in the length of its text."""

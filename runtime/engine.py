@@ -46,7 +46,6 @@ from bough.runtime.protocol import (
 )
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.session import Session
-from bough.runtime.token_log import TokenLog
 from bough.runtime.work import Generation, Selection, Work
 
 log = logging.getLogger(__name__)
@@ -145,14 +144,14 @@ class Engine:
             )
 
     def _open(self, session: Session, request: Open) -> None:
-        self._new_branch(session, request.branch, (request.branch,))
+        self._new_branch(session, request.branch, (request.branch,)).begin(self._composer.empty_tail())
 
     def _new_branch(self, session: Session, branch_id: int, path: tuple[int, ...]) -> Branch:
         if branch_id in session.branches:
             raise RequestError("invalid_request", f"branch {branch_id} is open already", branch=branch_id)
         if self._num_branches >= self.config.max_branches:
             raise self._too_many_branches()
-        branch = Branch(branch_id, path, TokenLog(), self._composer.empty_tail())
+        branch = Branch(branch_id, path)
         session.branches[branch_id] = branch
         self._num_branches += 1
         return branch
@@ -178,7 +177,6 @@ class Engine:
         for child_id in request.children:
             child = self._new_branch(session, child_id, (*parent.path, parent.num_forked))
             parent.num_forked += 1
-            child.is_born = False
             child.parent = parent
             parent.children[child_id] = child
         self._enqueue(operation, parent)
@@ -382,7 +380,7 @@ class Engine:
         for child_id in request.children:
             child = operation.branch.children.get(child_id)
             if child is not None and not child.is_born:
-                child.is_born = True
+                child.begin(self._composer.empty_tail())
                 child.poison = Poison(operation.id, error.kind, error.message)
                 self._pump(child)
 

@@ -165,11 +165,7 @@ class Scheduler:
         assert sequence.lease is not None
         while not self.cache.reserve(sequence.lease, len(sequence.tokens)):
             victim = self._victim(planned)
-            if victim is sequence and len(self.running) == 1:
-                self._exhausted.append(sequence)
-                sequence.is_paused = True
-                return False
-            self.preempt(victim)
+            self.preempt(victim)  # alone, it comes back without a prefix that pins pages, or is told that it cannot
             if victim is sequence:
                 return False
         return True
@@ -183,11 +179,14 @@ class Scheduler:
         """Put a running sequence back among the waiting; its KV is published before its pages are released."""
         self.running.remove(sequence)
         self._give_back(sequence)
-        sequence.status = Status.WAITING
-        sequence.num_computed = 0
-        sequence.num_preemptions += 1
+        self._lose_pages(sequence)
         self.counters.preemptions += 1
         self._preempted.appendleft(sequence)
+
+    def _lose_pages(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        sequence.num_lost, sequence.num_computed = sequence.num_computed, 0
+        sequence.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
@@ -212,10 +211,13 @@ class Scheduler:
             lease = self.cache.acquire(
                 sequence.namespace, sequence.tokens.view(), sequence.match_limit, headroom=len(self.running)
             )
-            if lease is None:
-                if not self.running:
+            if lease is None and not self.running:
+                # A cached prefix can pin more pages than its tokens need, where edges meet inside a page: do without.
+                lease = self.cache.acquire(sequence.namespace, sequence.tokens.view(), limit=0, headroom=0)
+                if lease is None:
                     self._exhausted.append(sequence)
                     sequence.is_paused = True
+            if lease is None:
                 self._preempt_paused()  # its pages serve the next step
                 return
             self._start(sequence)
@@ -252,7 +254,7 @@ class Scheduler:
     def _count_prompt(self, sequence: Sequence) -> None:
         computed = sequence.goal - sequence.num_computed
         if sequence.num_preemptions:
-            self.counters.recomputed_tokens += max(computed - 1, 0)
+            self.counters.recomputed_tokens += max(sequence.num_lost - sequence.num_computed, 0)
             return
         sequence.cached_tokens, sequence.computed_tokens = sequence.num_computed, computed
         self.counters.prompt_tokens += sequence.goal
@@ -293,7 +295,7 @@ class Scheduler:
             if was_prefilling or sequence.num_computed % self.cache.page_size == 0:
                 self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))
             if result.token is not None:
-                sequence.tokens.append(result.token)
+                sequence.append(result.token)
                 self.counters.generated_tokens += 1
         return [Outcome(sequence, result) for sequence, result in zip(step.sequences, results, strict=True)]
 
@@ -304,9 +306,7 @@ class Scheduler:
         self._matched.clear()
         for sequence in reversed(self.running):
             sequence.lease = None
-            sequence.status = Status.WAITING
-            sequence.num_computed = 0
-            sequence.num_preemptions += 1
+            self._lose_pages(sequence)
             self._preempted.appendleft(sequence)
         self.running = []
 

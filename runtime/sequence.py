@@ -28,6 +28,10 @@ class Sequence:
 
     ids of tokens   [0 .... num_computed) [num_computed .... goal) ...
                     KV in the lease's row  to be computed
+
+    goal: how many leading tokens must be computed before the sequence draws or is done. prefill_until: below that many
+    it is prefilling, what it computes is its prompt or was lost to a preemption; above, it is the token drawn last.
+    num_lost: how many tokens were computed when it was preempted last.
     """
 
     __slots__ = (
@@ -36,12 +40,15 @@ class Sequence:
         "cached_tokens",
         "computed_tokens",
         "forbidden_early",
+        "goal",
         "is_paused",
         "lease",
         "namespace",
         "num_computed",
+        "num_lost",
         "num_preemptions",
         "params",
+        "prefill_until",
         "prompt_len",
         "score_start",
         "seed",
@@ -68,6 +75,8 @@ class Sequence:
         self.seed = seed
         self.score_start = score_start
         self.forbidden_early = forbidden_early
+        self.goal = len(tokens) if score_start is None else len(tokens) - 1
+        self.prefill_until = self.goal
         self.status = Status.WAITING
         self.lease: Lease | None = None
         self.num_computed = 0
@@ -77,11 +86,7 @@ class Sequence:
         self.cached_tokens = 0
         self.computed_tokens = 0
         self.num_preemptions = 0
-
-    @property
-    def goal(self) -> int:
-        """How many leading tokens must be computed before the sequence draws or is done."""
-        return len(self.tokens) if self.score_start is None else len(self.tokens) - 1
+        self.num_lost = 0
 
     @property
     def match_limit(self) -> int:
@@ -90,8 +95,14 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more is to be computed than the token drawn last: the prompt, or what was lost to a preemption."""
-        return self.num_computed < max(min(self.goal, self.prompt_len), self.goal - 1)
+        """Whether more is to be computed than the token drawn last."""
+        return self.num_computed < self.prefill_until
+
+    def append(self, token: int) -> None:
+        """Append a drawn token."""
+        self.tokens.append(token)
+        self.goal += 1
+        self.prefill_until = self.goal - 1
 
     @property
     def generated(self) -> IntArray:

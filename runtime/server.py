@@ -53,7 +53,10 @@ class Endpoint(Protocol):
 
 
 class Server:
-    """Serves one engine on one endpoint until told to stop."""
+    """Serves one engine on one endpoint until told to stop.
+
+    wake_fd: becomes readable when a signal arrives, so that an idle loop notices at once.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Server:
         *,
         is_orphaned: Callable[[], bool],
         journal: Journal | None = None,
+        wake_fd: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -72,6 +76,11 @@ class Server:
         self._welcome = welcome
         self._is_orphaned = is_orphaned
         self._journal = journal
+        self._wake_fd = wake_fd
+        self._poller = zmq.Poller()
+        self._poller.register(endpoint.socket, zmq.POLLIN)
+        if wake_fd is not None:
+            self._poller.register(wake_fd, zmq.POLLIN)
         self._clock = clock
         self._sessions: dict[bytes, Session] = {}
         self._unsent: dict[bytes, list[list[Buffer]]] = {}
@@ -109,8 +118,12 @@ class Server:
 
     def _receive(self, did_run: bool) -> None:
         timeout = self._patience(did_run)
-        if timeout and not self._endpoint.socket.poll(int(timeout * 1e3) + 1):
-            return
+        if timeout:
+            ready = dict(self._poller.poll(int(timeout * 1e3) + 1))
+            if self._wake_fd is not None and self._wake_fd in ready:
+                os.read(self._wake_fd, 4096)  # the signal's handler has run; its byte has done its work
+            if self._endpoint.socket not in ready:
+                return
         until = time.monotonic() + self._config.receive_s  # a flood must not stop the decodes
         while True:
             try:
