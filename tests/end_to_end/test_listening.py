@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -57,7 +58,7 @@ class Keys:
         _, self._friend = zmq.auth.create_certificates(self.clients, "friend")
         _, self._stranger = zmq.auth.create_certificates(folder / "strangers", "stranger")
 
-    def options(self, who: str) -> dict[str, str]:
+    def options(self, who: str) -> dict[str, Any]:
         server, _ = zmq.auth.load_certificate(self.server_public_file)
         public, secret = zmq.auth.load_certificate(self._friend if who == "friend" else self._stranger)
         assert secret is not None

@@ -277,7 +277,6 @@ def test_a_fork_thinks_on_its_own_and_a_join_brings_it_home(pocket: bo.Runtime) 
     drawn = state.tree()
     assert "draft" in drawn
     assert "cached" in drawn
-    before = int(pocket.stats()["num_branches"])
 
 
 def test_a_cancelled_branch_stops_and_leaves_its_siblings_alone(pocket: bo.Runtime) -> None:

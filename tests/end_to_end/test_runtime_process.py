@@ -179,7 +179,7 @@ def test_a_seed_fixes_what_is_sampled_whatever_the_page_size_and_the_cache(pocke
     def two_texts(address: str) -> list[str]:
         with bo.RuntimeClient(address) as client:  # a client's first branch draws the same as any other's first
             states = [answer.run("Tell me about trees.", backend=client, **hot) for _ in range(2)]
-            return [within(30, lambda state=state: state["answer"]) for state in states]
+            return [within(30, state.text) for state in states]
 
     seeded = two_texts(pocket.address)
     assert seeded[0] != seeded[1], "two draws of one seed"
@@ -252,7 +252,7 @@ def test_more_work_than_the_pool_holds_is_done_in_turns(small: bo.Runtime) -> No
         60, lambda: continued.run_batch(items, backend=small, max_tokens=24, temperature=0, ignore_eos=True)
     )
     assert [state.error() for state in states] == [None] * 10
-    alone = continued.run(**items[3], backend=small, max_tokens=24, temperature=0, ignore_eos=True)
+    alone = continued.run(items[3]["prompt"], backend=small, max_tokens=24, temperature=0, ignore_eos=True)
     assert within(20, lambda: alone["new"]) == states[3]["new"]
 
 

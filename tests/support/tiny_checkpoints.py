@@ -55,7 +55,8 @@ class Oracle:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.eval()
         self.model.generation_config.eos_token_id = None  # both sides write on to the last token
         self._known: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
