@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +35,7 @@ _LEAST_MARGIN = 1e-3
 def tiny_checkpoint(variant: str = "llama") -> Path:
     """Return the folder of a seeded float32 checkpoint that a runtime can serve; made once per process."""
     folder = Path(mkdtemp(prefix=f"bough-checkpoint-{variant}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _TOKENIZERS[variant](folder)
     if variant in _TEMPLATES:
         path = folder / "tokenizer_config.json"
