@@ -147,13 +147,14 @@ def _text_steps(state: State) -> Iterator[str | None]:
     position = 0
     while True:
         finished = state._body_finished()  # read before the pieces: what is appended in between is seen
-        items = interpreter.strand.items
+        items, before = interpreter.strand.items, position
         while position < len(items):
             yield from _item_steps(state, items[position])
             position += 1
         if finished:
             break
-        yield None
+        if position == before:  # a turn that yielded read `finished` before a wait: look again rather than wait
+            yield None
     state._raise_if_body_failed("its text was complete")
 
 
@@ -192,11 +193,13 @@ def _chunk_steps(call: GenCall, chunks: list[str]) -> Iterator[str | None]:
     position = length = 0
     while True:
         done = call.replies[0].done()  # read before the chunks: deltas arrive before the end
+        before = position
         while position < len(chunks):
             length += len(chunks[position])
             yield chunks[position]
             position += 1
         if done:
             break
-        yield None
+        if position == before:  # else the reader may have taken its time, and `done` be out of date
+            yield None
     yield call.text()[length:]

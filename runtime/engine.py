@@ -287,11 +287,19 @@ class Engine:
         for end in ended:
             if end.error is not None:
                 self._fail(end.work.operation, end.error)
-            elif isinstance(end.work, Generation):
-                self._complete_generation(end.work)
-            else:
-                self._complete_selection(end.work)
+                continue
+            try:
+                self._complete(end.work)
+            except Exception as error:  # a bug of ours costs this operation, not the loop
+                log.exception("an operation could not be completed")
+                self._fail(end.work.operation, RequestError("internal", f"{type(error).__name__}: {error}"))
         return did_run
+
+    def _complete(self, work: Work) -> None:
+        if isinstance(work, Generation):
+            self._complete_generation(work)
+        else:
+            self._complete_selection(work)
 
     def _grant(self, session: Session, request: Credit) -> None:
         operation = session.operations.get(request.target)

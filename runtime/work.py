@@ -136,6 +136,7 @@ class Generation:
             usage=_usage(self.operation, self.sequences, self._num_drawn, self._first_token_at, now),
             matched_stop=self.matched_stop,
             logprobs=self._logprobs if self._params.logprobs is not None else None,
+            leftover=self.leftover,
         )
         return reply, [encode_tokens(self.kept_ids())]
 
@@ -187,9 +188,16 @@ class Selection:
         self._scores: list[float] = []
 
     def take_scores(self, sequence: Sequence, result: RowResult, now: float) -> bool:
-        """Take the outcome of a step for one sequence in; True if that sequence is complete."""
+        """Take the outcome of a step for one sequence in; True if that sequence is complete.
+
+        After a preemption some scores come a second time, and take the place of the first.
+        """
         if result.score_logprobs is not None:
-            self._values[sequence].extend(result.score_logprobs.tolist())
+            assert sequence.score_start is not None
+            scores = result.score_logprobs.tolist()
+            known = self._values[sequence]
+            del known[sequence.num_computed + 1 - len(scores) - sequence.score_start :]
+            known.extend(scores)
         if sequence.num_computed < sequence.goal:
             return False
         if self._first_result_at is None:

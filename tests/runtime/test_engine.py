@@ -700,3 +700,20 @@ def test_a_commit_that_raises_costs_the_operations_of_its_step_only(
     other = client.generate(2)
     client.run()
     client.last(other, Generated)
+
+
+def test_a_select_that_is_preempted_between_chunks_of_a_choice_scores_each_token_once() -> None:
+    scores = []
+    for is_disturbed in (False, True):
+        client = Client(token_budget=3, max_running=1)
+        client.branch(1, Text("The sky is"))
+        op = client.send(Select, branch=1, choices=[" a long choice of many tokens", " blue"])
+        client.engine.step()
+        client.engine.step()
+        client.engine.step()
+        if is_disturbed:
+            client.scheduler.preempt(client.scheduler.running[0])
+            client.scheduler.cache.flush()
+        client.run()
+        scores.append(client.last(op, Selected).logprobs)
+    assert scores[0] == scores[1]
