@@ -418,7 +418,11 @@ class Delta(_Message, frozen=True, tag="delta"):
 
 
 class Generated(_Message, frozen=True, tag="generated"):
-    """The end of a `generate`: the whole text, and what ended it (`matched_stop`, if `finish_reason` is stop)."""
+    """The end of a `generate`: the whole text, and what ended it (`matched_stop`, if `finish_reason` is stop).
+
+    `leftover` is the end of the text that is in no token of the buffer, where a stop string cut a token in two: the
+    branch tokenises it with what is appended next.
+    """
 
     op: int
     text: str
@@ -428,6 +432,7 @@ class Generated(_Message, frozen=True, tag="generated"):
     usage: Usage
     matched_stop: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    leftover: str = ""
 
 
 class Selected(_Message, frozen=True, tag="selected"):
