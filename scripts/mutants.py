@@ -1,0 +1,289 @@
+"""Deliberate bugs, one edit each, that the tests of the runtime core have to notice. Run by scripts/mutate.
+
+Each is a way in which a cache, a scheduler or a state machine of this kind has been wrong before, here or elsewhere
+(research: ownership of pages, terminal transitions, poison, budgets, counters). `old` occurs exactly once in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replace `old` by `new` in runtime/`file`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+TREE = "cache/radix_tree.py"
+CACHE = "cache/prefix_cache.py"
+ALLOCATOR = "cache/page_allocator.py"
+SCHEDULER = "scheduler.py"
+ENGINE = "engine.py"
+
+MUTANTS = (
+    # ------------------------------------------------------------------------------------------ tree
+    Mutant("a twin's row is not rewritten", TREE, "            ours[differ] = theirs[differ]\n", ""),
+    Mutant("an adopted page is not held", TREE, "            self._allocator.hold(theirs[differ])\n", ""),
+    Mutant("a twin's own page is not given back", TREE, "            self._allocator.release(ours[differ])\n", ""),
+    Mutant("a locked leaf is evicted", TREE, "not self.children and self.locks == 0", "not self.children"),
+    Mutant("an inner node is evicted", TREE, "not self.children and self.locks == 0", "self.locks == 0"),
+    Mutant(
+        "the namespace is forgotten",
+        TREE,
+        "root = self._roots.get(namespace)\n        if root is None:\n            root = self._roots[namespace] =",
+        "root = self._roots.get(None)\n        if root is None:\n            root = self._roots[None] =",
+    ),
+    Mutant("a leaf grows that another lease ends in", TREE, " or node.locks > locks_of_caller:", ":"),
+    Mutant("the wrong straddling page is shared", TREE, "= leaf.pages[0]\n", "= leaf.pages[-1]\n"),
+    Mutant("a straddling page is dropped twice", TREE, "            self._hold(node.pages[-1:])\n", ""),
+    Mutant("a straddling page is never dropped", TREE, "            self._drop(old)\n", ""),
+    Mutant("a split page has one holder", TREE, "            self._hold(upper.pages[-1:])\n", "            pass\n"),
+    Mutant(
+        "a grown leaf keeps its old last page",
+        TREE,
+        "len(node.pages) - (1 if position % size else 0)",
+        "len(node.pages)",
+    ),
+    Mutant(
+        "the shallower page of two wins",
+        TREE,
+        "            row.extend(step.pages)\n",
+        "            row.extend(step.pages) if not len(row) else None\n",
+    ),
+    Mutant("a parent without children is never on offer", TREE, "        self._offer(parent)\n", ""),
+    Mutant(
+        "use does not keep from eviction",
+        TREE,
+        "            child.last_use = self._clock\n            path",
+        "            path",
+    ),
+    # ------------------------------------------------------------------------------------------ leases
+    Mutant(
+        "publishing keeps the old lock",
+        CACHE,
+        "            self.tree.unlock(lease.node)\n            lease",
+        "            lease",
+    ),
+    Mutant("shared pages are not held by the row", CACHE, "        self.allocator.hold(row.view())\n", ""),
+    Mutant(
+        "copy on write is forgotten",
+        CACHE,
+        "copy = PageCopy(row[shared], fresh[0], match.length % self.page_size)",
+        "pass",
+    ),
+    Mutant(
+        "one slot too few is copied",
+        CACHE,
+        "fresh[0], match.length % self.page_size)",
+        "fresh[0], match.length % self.page_size - 1)",
+    ),
+    Mutant(
+        "a failed acquire stays locked",
+        CACHE,
+        "            self.tree.unlock(node)\n            return None",
+        "            return None",
+    ),
+    Mutant("headroom is ignored", CACHE, "self.allocator.num_free >= count + headroom", "True"),
+    Mutant(
+        "a release forgets the lock",
+        CACHE,
+        "        lease.is_released = True\n        self.tree.unlock(lease.node)\n",
+        "        lease.is_released = True\n",
+    ),
+    Mutant("a release forgets the pages", CACHE, "        self.allocator.release(lease.row.view())\n", ""),
+    Mutant(
+        "a page is freed while others hold it",
+        ALLOCATOR,
+        "self._free.extend(freed.tolist())",
+        "self._free.extend(index.tolist())",
+    ),
+    # ------------------------------------------------------------------------------------------ sequences
+    Mutant(
+        "the whole prompt may come from the cache",
+        "sequence.py",
+        "return len(self.tokens) - 1 if self.score_start is None else self.score_start - 1",
+        "return len(self.tokens) if self.score_start is None else self.score_start - 1",
+    ),
+    Mutant(
+        "the token before the first score may come from the cache",
+        "sequence.py",
+        "return len(self.tokens) - 1 if self.score_start is None else self.score_start - 1",
+        "return len(self.tokens) - 1 if self.score_start is None else self.score_start",
+    ),
+    Mutant(
+        "min_tokens is one too many",
+        "sequence.py",
+        "len(generated) < self.params.min_tokens",
+        "len(generated) <= self.params.min_tokens",
+    ),
+    # ------------------------------------------------------------------------------------------ scheduler
+    Mutant(
+        "the budget is one too large", SCHEDULER, "budget = self._token_budget\n", "budget = self._token_budget + 1\n"
+    ),
+    Mutant(
+        "a token is published that was not computed",
+        SCHEDULER,
+        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))",
+        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed + 1))",
+    ),
+    Mutant(
+        "nothing is published before the end",
+        SCHEDULER,
+        "            if was_prefilling or sequence.num_computed % self",
+        "            if False and self",
+    ),
+    Mutant(
+        "pages are given back unpublished",
+        SCHEDULER,
+        "sequence.tokens.view(0, sequence.num_computed))\n        self.cache.release",
+        "sequence.tokens.view(0, 0))\n        self.cache.release",
+    ),
+    Mutant(
+        "single flight is off",
+        SCHEDULER,
+        "if common - self._matched_len(sequence) >= self.cache.page_size:",
+        "if False:",
+    ),
+    Mutant(
+        "one sequence too many runs",
+        SCHEDULER,
+        "if budget <= 0 or len(self.running) >= self._max_running:",
+        "if budget <= 0 or len(self.running) > self._max_running:",
+    ),
+    Mutant("the oldest is preempted", SCHEDULER, "candidates[-1])", "candidates[0])"),
+    Mutant(
+        "a planned sequence is preempted",
+        SCHEDULER,
+        "candidates = [s for s in self.running if s not in planned]",
+        "candidates = self.running",
+    ),
+    Mutant(
+        "a paused sequence decodes: credit is ignored",
+        SCHEDULER,
+        "if sequence.is_paused or sequence.status",
+        "if sequence.status",
+    ),
+    Mutant(
+        "a sequence that ended stays among the preempted",
+        SCHEDULER,
+        "        elif sequence in self._preempted:\n            self._preempted.remove(sequence)",
+        "        elif False:\n            pass",
+    ),
+    Mutant(
+        "a preempted sequence takes no old place",
+        SCHEDULER,
+        "self.running.insert(position, sequence)",
+        "self.running.append(sequence)",
+    ),
+    Mutant(
+        "a hit is counted as computed",
+        SCHEDULER,
+        "self.counters.computed_tokens += computed",
+        "self.counters.computed_tokens += sequence.goal",
+    ),
+    Mutant(
+        "a preempted prompt is counted twice",
+        SCHEDULER,
+        "        if sequence.num_preemptions:\n",
+        "        if False:\n",
+    ),
+    # ------------------------------------------------------------------------------------------ operations
+    Mutant(
+        "two terminal replies",
+        "operation.py",
+        "self.session.reply(reply, buffers)",
+        "[self.session.reply(reply, buffers) for _ in range(2)]",
+    ),
+    Mutant(
+        "an ended operation is cancelled again",
+        ENGINE,
+        "                continue  # ended as a consequence of an earlier one\n",
+        "                pass\n",
+    ),
+    Mutant("the partial text is lost", ENGINE, "partial_text=operation.work.text)", "partial_text='')"),
+    Mutant(
+        "a failure does not poison",
+        ENGINE,
+        "        branch.poison = branch.poison or operation.poison\n        if",
+        "        if",
+    ),
+    Mutant(
+        "a failure poisons the children born before",
+        ENGINE,
+        "        branch.poison = branch.poison or operation.poison\n        if",
+        "        for it in branch.descendants():\n            it.poison = it.poison or operation.poison\n        if",
+    ),
+    Mutant(
+        "what was cancelled while it waited poisons nothing",
+        ENGINE,
+        "                    branch.poison = branch.poison or operation.poison\n                    continue",
+        "                    continue",
+    ),
+    Mutant("what is cancelled runs on", ENGINE, "            self._in_flight.stop(operation.work)\n", ""),
+    Mutant(
+        "a cancelled fork leaves its children unborn",
+        ENGINE,
+        "                self._bear_poisoned(operation, operation.request, error)\n            self._fail",
+        "                pass\n            self._fail",
+    ),
+    Mutant(
+        "a cancelled operation still counts as queued",
+        ENGINE,
+        "                self._num_queued -= 1\n            if",
+        "                pass\n            if",
+    ),
+    Mutant(
+        "a branch is released before its turn",
+        ENGINE,
+        "                self._enqueue(ending, branch)\n",
+        "                self._forget(session, branch)\n",
+    ),
+    Mutant("deadlines are ignored", ENGINE, "op.deadline is not None and op.deadline <= now]", "False]"),
+    Mutant("a stop's left-over text is lost", ENGINE, "        branch.tail.append(work.leftover)\n", ""),
+    Mutant("a repeated operation is carried out again", "session.py", " or operation.id in self._ended_ids", ""),
+    Mutant("credit piles up", "inflight.py", "min(work.credit + tokens, self._credit)", "work.credit + tokens"),
+    Mutant(
+        "credit does not wake",
+        "inflight.py",
+        "            self._scheduler.resume(work.sequences[0])\n",
+        "            pass\n",
+    ),
+    # ------------------------------------------------------------------------------------------ branches
+    Mutant(
+        "a rollback keeps one token too many",
+        "branch.py",
+        "self.log.truncate(length)",
+        "self.log.truncate(min(length + 1, len(self.log)))",
+    ),
+    Mutant(
+        "a rollback does not heal",
+        "branch.py",
+        "        self.poison = None\n\n    def descendants",
+        "\n    def descendants",
+    ),
+    Mutant("a fork writes into its parent", "branch.py", "self.log = parent.log.fork()", "self.log = parent.log"),
+    Mutant(
+        "a fork shares its parent's waiting text",
+        "branch.py",
+        "self.tail = parent.tail.copy()",
+        "self.tail = parent.tail",
+    ),
+    Mutant("a fork of a failed branch is sound", "branch.py", "        self.poison = parent.poison\n", ""),
+    Mutant(
+        "forks draw the same",
+        "composer.py",
+        "(self._seed, *branch.path, branch.num_draws)",
+        "(self._seed, branch.num_draws)",
+    ),
+    Mutant(
+        "a cut log keeps a segment's rest",
+        "token_log.py",
+        "kept.append(segment[: length - self._sealed_len])",
+        "kept.append(segment)",
+    ),
+)
