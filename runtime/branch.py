@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bough.runtime.lifecycle import Life, moved
 from bough.runtime.protocol import ErrorKind
 from bough.runtime.text.tail import TextTail
 from bough.runtime.token_log import TokenLog
@@ -43,10 +44,10 @@ class Branch:
     tail: TextTail
 
     __slots__ = (
+        "_life",
         "children",
         "current",
         "id",
-        "is_born",
         "log",
         "marks",
         "num_draws",
@@ -66,18 +67,28 @@ class Branch:
         self.marks: tuple[tuple[int, Roles], ...] = ()
         self.num_draws = 0
         self.num_forked = 0
-        self.is_born = False
+        self._life = Life.UNBORN
         self.poison: Poison | None = None
         self.current: Operation | None = None
         self.pending: deque[Operation] = deque()
         self.parent: Branch | None = None
         self.children: dict[int, Branch] = {}
 
+    @property
+    def is_born(self) -> bool:
+        """Whether the branch has a text, and operations on it can be carried out."""
+        return self._life is Life.LIVE
+
+    def release(self) -> None:
+        """End the branch; it leaves the tree of branches."""
+        self._life = moved(self._life, Life.RELEASED)
+        self.detach()
+
     def begin(self, tail: TextTail) -> None:
         """Be born without a parent, with the given empty tail."""
         self.log = TokenLog()
         self.tail = tail
-        self.is_born = True
+        self._life = moved(self._life, Life.LIVE)
 
     def inherit(self, parent: Branch) -> None:
         """Take over everything `parent` holds now. O(1) in the length of its text."""
@@ -86,7 +97,7 @@ class Branch:
         self.roles = parent.roles
         self.marks = parent.marks
         self.poison = parent.poison
-        self.is_born = True
+        self._life = moved(self._life, Life.LIVE)
 
     def set_roles(self, roles: Roles) -> None:
         self.roles = roles

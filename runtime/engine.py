@@ -16,7 +16,8 @@ from bough.runtime.branch import Branch, Poison
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.inflight import InFlight
-from bough.runtime.operation import Operation, Progress, failed
+from bough.runtime.lifecycle import Progress
+from bough.runtime.operation import Operation, failed
 from bough.runtime.protocol import (
     MAX_FORK,
     MAX_ID,
@@ -271,7 +272,7 @@ class Engine:
                 self._bear_poisoned(operation, operation.request, gone)
             if not isinstance(operation.request, Release):
                 operation.fail(gone)
-        branch.detach()
+        branch.release()
 
     # ------------------------------------------------------------------------------------------ work
 

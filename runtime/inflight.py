@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bough.runtime.batch import Batch, RowResult
+from bough.runtime.lifecycle import Status
 from bough.runtime.protocol import RequestError
 from bough.runtime.scheduler import Outcome, Scheduler
-from bough.runtime.sequence import Sequence, Status
+from bough.runtime.sequence import Sequence
 from bough.runtime.work import Generation, Work
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class InFlight:
             results = self._executor.execute(step.batch)
         except Exception as error:
             log.exception("a step failed; its operations fail with it")
+            self._scheduler.retire()
             return True, ended + self._lose(step.sequences, error)
         try:
             outcomes = self._scheduler.commit(step, results)

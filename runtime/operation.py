@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bough.runtime.lifecycle import Progress, moved
 from bough.runtime.protocol import Buffer, Failed, Reply, Request, RequestError
 
 if TYPE_CHECKING:
@@ -14,25 +14,17 @@ if TYPE_CHECKING:
     from bough.runtime.work import Work
 
 
-class Progress(enum.Enum):
-    """Where an operation is. Legal: QUEUED -> RUNNING -> ENDED, QUEUED -> ENDED; ENDED is final."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    ENDED = "ended"
-
-
 class Operation:
     """A request with its session, its branch, and the work it became once it runs."""
 
     __slots__ = (
+        "_progress",
         "arrived_at",
         "branch",
         "buffers",
         "deadline",
         "id",
         "poison",
-        "progress",
         "request",
         "session",
         "work",
@@ -53,10 +45,19 @@ class Operation:
         self.buffers = buffers
         self.arrived_at = arrived_at
         self.deadline = None if timeout_s is None else arrived_at + timeout_s
-        self.progress = Progress.QUEUED
+        self._progress = Progress.QUEUED
         self.branch: Branch | None = None
         self.work: Work | None = None
         self.poison: Poison | None = None  # what depends on it inherits, if it failed
+
+    @property
+    def progress(self) -> Progress:
+        """Where the operation is; only legal transitions can be assigned."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, new: Progress) -> None:
+        self._progress = moved(self._progress, new)
 
     def end(self, reply: Reply, buffers: Sequence[Buffer] = ()) -> None:
         """Send the terminal reply. The only place where an operation ends; a second end is our bug."""

@@ -17,9 +17,10 @@ from itertools import chain
 
 from bough.runtime.batch import Batch, PageCopy, Row, RowResult
 from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.lifecycle import Status
 from bough.runtime.policies import POLICIES
 from bough.runtime.protocol import RequestError
-from bough.runtime.sequence import Sequence, Status
+from bough.runtime.sequence import Sequence
 from bough.runtime.vector import IntArray
 
 
@@ -152,6 +153,7 @@ class Scheduler:
             self._admit(budget, rows, copies)
         if not rows:
             return None
+        self.cache.allocator.begin_step()
         batch = Batch(tuple(self._row(s, num_new) for s, num_new in rows.items()), tuple(copies))
         return Step(batch, tuple(rows))
 
@@ -286,6 +288,7 @@ class Scheduler:
 
     def commit(self, step: Step, results: Items[RowResult]) -> list[Outcome]:
         """Take in what a step computed: advance, append drawn tokens, publish. Returns one outcome per row."""
+        self.retire()
         self.counters.steps += 1
         for sequence, row, result in zip(step.sequences, step.batch.rows, results, strict=True):
             assert sequence.lease is not None
@@ -309,6 +312,10 @@ class Scheduler:
             self._lose_pages(sequence)
             self._preempted.appendleft(sequence)
         self.running = []
+
+    def retire(self) -> None:
+        """The step that was planned last is over, whatever came out: pages released since then are free."""
+        self.cache.allocator.retire_step()
 
     def check_invariants(self) -> None:
         """Raise AssertionError if queues, leases, tree and pages disagree."""

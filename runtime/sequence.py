@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Hashable
 
 from bough.runtime.batch import Row, SampleRequest
 from bough.runtime.cache.prefix_cache import Lease
+from bough.runtime.lifecycle import Status, moved
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.vector import IntArray, IntVector
-
-
-class Status(enum.Enum):
-    """Where a sequence is. Legal: WAITING <-> RUNNING, and from both to FINISHED, once."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
 
 
 class Sequence:
@@ -35,6 +27,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_status",
         "admitted_at",
         "arrival",
         "cached_tokens",
@@ -52,7 +45,6 @@ class Sequence:
         "prompt_len",
         "score_start",
         "seed",
-        "status",
         "tokens",
     )
 
@@ -77,7 +69,7 @@ class Sequence:
         self.forbidden_early = forbidden_early
         self.goal = len(tokens) if score_start is None else len(tokens) - 1
         self.prefill_until = self.goal
-        self.status = Status.WAITING
+        self._status = Status.WAITING
         self.lease: Lease | None = None
         self.num_computed = 0
         self.is_paused = False
@@ -87,6 +79,15 @@ class Sequence:
         self.computed_tokens = 0
         self.num_preemptions = 0
         self.num_lost = 0
+
+    @property
+    def status(self) -> Status:
+        """Where the sequence is; only legal transitions can be assigned."""
+        return self._status
+
+    @status.setter
+    def status(self, new: Status) -> None:
+        self._status = moved(self._status, new)
 
     @property
     def match_limit(self) -> int:

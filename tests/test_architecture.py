@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"lang": "bough", "runtime": "bough.runtime", "kernels": "bough.kernels"}
 # Modules that plan: they know token counts, not tensors, sockets or text models.
 WITHOUT_TORCH = [
-    "protocol", "config", "vector", "batch", "sequence", "policies", "scheduler", "token_log", "choices",
+    "protocol", "lifecycle", "config", "vector", "batch", "sequence", "policies", "scheduler", "token_log", "choices",
     "cache.page_allocator", "cache.radix_tree", "cache.prefix_cache", "branch", "operation", "session", "work",
     "engine",
 ]  # fmt: skip

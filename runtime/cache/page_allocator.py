@@ -11,15 +11,22 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from bough.runtime.lifecycle import PageState
 from bough.runtime.vector import IntArray
 
 
 class PageAllocator:
-    """Hands out pages 0 .. num_pages - 1 and counts their holders."""
+    """Hands out pages 0 .. num_pages - 1 and counts their holders.
+
+    A page released while a step is in flight, which may still read or write it, waits in limbo until that step is
+    retired. (One step at a time for now: nothing is released in between, and the fence costs nothing.)
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
+        self._limbo: list[int] = []
+        self._is_step_in_flight = False
         self._holders: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
 
     @property
@@ -53,8 +60,24 @@ class PageAllocator:
         assert (counts >= 0).all(), "a page was released more often than it was held"
         self._holders[index] = counts
         freed: IntArray = index[counts == 0]
-        self._free.extend(freed.tolist())
+        (self._limbo if self._is_step_in_flight else self._free).extend(freed.tolist())
         return freed
+
+    def begin_step(self) -> None:
+        """From now on, what is released is not free before `retire_step`."""
+        self._is_step_in_flight = True
+
+    def retire_step(self) -> None:
+        """The step in flight will not touch pages any more; idempotent."""
+        self._is_step_in_flight = False
+        self._free.extend(self._limbo)
+        self._limbo.clear()
+
+    def state(self, page: int) -> PageState:
+        """Return where a page is."""
+        if self._holders[page]:
+            return PageState.HELD
+        return PageState.LIMBO if page in self._limbo else PageState.FREE
 
     def holders(self) -> npt.NDArray[np.int32]:
         """Return a copy of the holder counts, (num_pages,), for checks."""
@@ -62,5 +85,5 @@ class PageAllocator:
 
     def check(self) -> None:
         """Raise AssertionError unless the free list is exactly the pages without a holder, each once."""
-        free = np.sort(np.asarray(self._free, dtype=np.int64))
+        free = np.sort(np.asarray(self._free + self._limbo, dtype=np.int64))
         assert np.array_equal(free, np.flatnonzero(self._holders == 0)), "free list and holder counts disagree"

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.lifecycle import Status
 from bough.runtime.protocol import RequestError, SamplingParams
 from bough.runtime.scheduler import Scheduler
-from bough.runtime.sequence import Sequence, Status
+from bough.runtime.sequence import Sequence
 
 
 class Bench:
