@@ -26,7 +26,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	scripts/typetree
 	$(BIN)/mypy -p bough
-	$(BIN)/mypy examples benchmarks tests
+	$(BIN)/mypy benchmarks
+	$(BIN)/mypy --explicit-package-bases tests
 	$(BIN)/pytest -q tests/test_architecture.py
 
 format: $(VENV)/.installed-dev

@@ -103,12 +103,12 @@ def test_no_frame_makes_the_runtime_run_foreign_code(watched: tuple[subprocess.P
         socket.send_multipart(message)
     rng = random.Random(7)
     for _ in range(2000):
-        message = [bytearray(bytes(frame)) for frame in rng.choice(frames)]
-        frame = rng.choice(message)
+        mutated = [bytearray(bytes(frame)) for frame in rng.choice(frames)]
+        frame = rng.choice(mutated)
         for _ in range(rng.randint(1, 3)):
             if frame:
                 frame[rng.randrange(len(frame))] = rng.randrange(256)
-        socket.send_multipart([bytes(frame) for frame in message])
+        socket.send_multipart([bytes(frame) for frame in mutated])
     socket.send_multipart([b"B\1\0\0", b"\x80\x04\x95cos\nsystem\n(S'true'\ntR."])  # a pickle
     seen: set[type] = set()
     while not {Generated, Selected} <= seen:

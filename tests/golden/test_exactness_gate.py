@@ -40,7 +40,7 @@ class Machine:
 
     def __init__(self, dtype: str, *, budget: int = 256) -> None:
         self.runner = runner(dtype)
-        self.runner.pool.poison(np.arange(NUM_PAGES))
+        self.runner.pool.poison(range(NUM_PAGES))
         self.cache = PrefixCache(NUM_PAGES, PAGE_SIZE)
         self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=16)
         self.draws: dict[Sequence, Draws] = {}
@@ -66,7 +66,7 @@ class Machine:
                     self.scheduler.finish(sequence)
         freed = set(np.flatnonzero(self.cache.allocator.holders() == 0).tolist()) - free
         if freed:
-            self.runner.pool.poison(np.array(sorted(freed)))
+            self.runner.pool.poison(sorted(freed))
 
     def run(self, between: Callable[[int], None] = lambda step: None) -> None:
         step = 0

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bough.runtime.choices import best, distribution, score_choices
+from bough.runtime.protocol import ChoiceMethod
 
 
 def test_the_default_compares_means_so_that_length_does_not_matter() -> None:
@@ -25,8 +26,9 @@ def test_greedy_lets_a_choice_that_ended_compete_with_its_mean() -> None:
 
 
 def test_a_tie_is_won_by_the_first() -> None:
-    for method in ("token_length_normalized", "greedy_token_selection"):
-        assert best(score_choices(method, [[-1.0], [-1.0]], None)) == 0  # type: ignore[arg-type]
+    methods: list[ChoiceMethod] = ["token_length_normalized", "greedy_token_selection"]
+    for method in methods:
+        assert best(score_choices(method, [[-1.0], [-1.0]], None)) == 0
 
 
 def test_unconditional_normalisation_prefers_what_the_prompt_made_likelier() -> None:

@@ -44,7 +44,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     if kind is int:
         return st.integers(0, protocol.MAX_ID)
     if kind is str:
-        return st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+        return st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     if kind is bool:
         return st.booleans()
     if kind is type(None):

@@ -22,7 +22,8 @@ ACTIONS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(actions=ACTIONS)
 def test_every_log_holds_what_was_put_into_it_and_nothing_of_its_forks(actions: list[tuple[str, int, object]]) -> None:
-    logs, expected = [TokenLog()], [[]]
+    logs = [TokenLog()]
+    expected: list[list[int]] = [[]]
     for action, which, value in actions:
         index = which % len(logs)
         if action == "extend":
