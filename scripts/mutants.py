@@ -96,12 +96,16 @@ MUTANTS = (
         "        lease.is_released = True\n",
     ),
     Mutant("a release forgets the pages", CACHE, "        self.allocator.release(lease.row.view())\n", ""),
+    Mutant("a page is freed while others hold it", ALLOCATOR, "extend(freed.tolist())", "extend(index.tolist())"),
     Mutant(
-        "a page is freed while others hold it",
+        "a page is free before the step retired",
         ALLOCATOR,
-        "self._free.extend(freed.tolist())",
-        "self._free.extend(index.tolist())",
+        "(self._limbo if self._is_step_in_flight else self._free)",
+        "self._free",
     ),
+    Mutant("a page in limbo is lost", ALLOCATOR, "        self._free.extend(self._limbo)\n", ""),
+    Mutant("a page in limbo is freed twice", ALLOCATOR, "        self._limbo.clear()\n", ""),
+    Mutant("a step is never fenced", SCHEDULER, "        self.cache.allocator.begin_step()\n", ""),
     # ------------------------------------------------------------------------------------------ sequences
     Mutant(
         "the whole prompt may come from the cache",
@@ -157,10 +161,10 @@ MUTANTS = (
     ),
     Mutant("the oldest is preempted", SCHEDULER, "candidates[-1])", "candidates[0])"),
     Mutant(
-        "a planned sequence is preempted",
+        "a preempted sequence is planned all the same",
         SCHEDULER,
-        "candidates = [s for s in self.running if s not in planned]",
-        "candidates = self.running",
+        "            if victim is sequence:\n                return False",
+        "            if victim is sequence:\n                return True",
     ),
     Mutant(
         "a paused sequence decodes: credit is ignored",

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from oracle import World, draw
 
-from bough.runtime.protocol import Cancel, Extend, Failed, Fork, Generated, Release, Score, Select, Text
+from bough.runtime.batch import Batch, RowResult
+from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.protocol import Cancel, Extend, Failed, Fork, Generated, Release, Rollback, Score, Select, Text
+from bough.runtime.vector import IntArray
 
 LONG = "b the ab a the b a ab the a b a the ab"
 
@@ -227,6 +231,67 @@ def test_a_choice_that_is_preempted_between_two_chunks_is_scored_once(at: int) -
     world.preempt(0)
     world.finish()
     assert not isinstance(world.last(0, op), Failed)
+
+
+@pytest.mark.xfail(reason="Engine._pump recurses", strict=False)
+def test_a_long_queue_of_failures_and_cures_ends_however_long_it_is() -> None:
+    world = World(num_pages=8, page_size=2, context_len=200)
+    world.branch(0, 1, Text("a b"))
+    world.generate(0, 1)
+    for _ in range(600):
+        world.send(0, Extend, branch=1, parts=[Text(LONG * 2)], commit=True)
+        refused = world.generate(0, 1)
+        world.send(0, Rollback, branch=1, length=1)
+    world.finish()
+    assert isinstance(world.last(0, refused), Failed)
+
+
+@pytest.mark.xfail(reason="Engine._pump recurses", strict=False)
+def test_a_long_chain_of_forks_of_released_branches_ends_however_long_it_is() -> None:
+    world = World(num_pages=8, page_size=2, context_len=200)
+    world.branch(0, 1, Text("a b"))
+    world.generate(0, 1)
+    for branch in range(1, 600):
+        world.send(0, Release, branches=[branch])
+        refused = world.send(0, Fork, branch=branch, children=[branch + 1])
+    world.finish()
+    assert isinstance(world.last(0, refused), Failed)
+
+
+def test_what_was_used_last_is_evicted_last() -> None:
+    cache = PrefixCache(3, page_size=2)
+    prompts = [np.array([token, token], dtype=np.int32) for token in range(4)]
+
+    def compute(tokens: IntArray) -> None:
+        lease = cache.acquire("ns", tokens, limit=1, headroom=0)
+        assert lease is not None
+        cache.publish(lease, tokens)
+        cache.release(lease)
+
+    for tokens in prompts[:3]:
+        compute(tokens)
+    assert cache.matched_len("ns", prompts[0]) == 2  # looked at: now the most recently used
+    compute(prompts[3])
+    assert [cache.matched_len("ns", tokens) for tokens in prompts] == [2, 0, 2, 2]
+
+
+def test_pages_released_while_a_step_is_in_flight_are_free_once_it_retired(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(num_pages=16, page_size=2)
+    world.branch(0, 1, Text("a b"))
+    world.generate(0, 1)
+    world.steal(5)
+    allocator, execute, free = world.cache.allocator, world.runner.execute, []
+
+    def give_back_in_between(batch: Batch) -> list[RowResult]:
+        free.append(allocator.num_free)
+        world.give_back()
+        free.append(allocator.num_free)
+        return execute(batch)
+
+    monkeypatch.setattr(world.runner, "execute", give_back_in_between)
+    world.step()
+    assert free[0] == free[1] == allocator.num_free - 5
+    world.finish()
 
 
 def test_the_fake_model_draws_what_is_allowed() -> None:

@@ -27,8 +27,9 @@ from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
 from bough.runtime.inflight import InFlight
+from bough.runtime.lifecycle import Progress, Status
 from bough.runtime.models.folder import resolve_model
-from bough.runtime.operation import Operation, Progress
+from bough.runtime.operation import Operation
 from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import (
     Buffer,
@@ -64,7 +65,6 @@ from bough.runtime.protocol import (
 )
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence as Running
-from bough.runtime.sequence import Status
 from bough.runtime.session import Session
 from bough.runtime.text.chat import load_chat_template
 from bough.runtime.text.tail import TextTail
@@ -252,6 +252,7 @@ class Oracle:
         self.ops: list[dict[int, Op]] = [{} for _ in range(num_sessions)]
         self.expected: list[tuple[int, int, type[Any], dict[str, Any]]] = []
         self.timed: dict[Op, None] = {}
+        self.ready: deque[Leaf] = deque()  # branches whose queues may move; the first one's does
         self.num_queued = 0
 
     # requests
@@ -342,25 +343,28 @@ class Oracle:
     # what is queued
 
     def _pump(self, start: Leaf) -> None:
-        ready = deque([start])
-        while ready:
-            leaf = ready.popleft()
+        self.ready.append(start)
+        if len(self.ready) > 1:
+            return  # whoever put the first one in goes on
+        while self.ready:
+            leaf = self.ready[0]
             while leaf.is_born and leaf.current is None and leaf.pending:
                 op = leaf.pending.popleft()
                 if op.is_ended:  # its failure, told when it was cancelled, takes effect in its turn
                     leaf.poison = op.id if leaf.poison is None else leaf.poison
                     continue
                 self.num_queued -= 1
-                self._carry_out(op, leaf, ready)
+                self._carry_out(op, leaf)
+            self.ready.popleft()
 
-    def _carry_out(self, op: Op, leaf: Leaf, ready: deque[Leaf]) -> None:
+    def _carry_out(self, op: Op, leaf: Leaf) -> None:
         request = op.request
         if isinstance(request, Fork):
             for child in self._unborn(leaf, request):
                 child.ids, child.tail = leaf.ids[:], leaf.tail.copy()
                 child.roles, child.marks, child.poison = leaf.roles, leaf.marks[:], leaf.poison
                 child.is_born = True
-                ready.append(child)
+                self.ready.append(child)
         if leaf.poison is not None and not isinstance(request, Release | Rollback):
             self._end(op, Failed, kind="dependency_failed", cause=leaf.poison)
             return
