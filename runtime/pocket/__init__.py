@@ -3,7 +3,7 @@
 example.py      what one training or evaluation conversation is
 words.py        word lists, made-up names, and the split that keeps evaluation names unseen
 facts.py        answering from facts that the conversation gives; copying; long contexts
-sums.py      sums by tens and ones, word problems, checking, comparing, choosing
+sums.py         sums by tens and ones, word problems, checking, comparing, choosing
 labels.py       few-shot classification, as a chat and as raw text
 records.py      a sentence into a JSON record
 tips.py         numbered tips and their explanations (the sentences are in tip_list.py)

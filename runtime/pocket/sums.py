@@ -102,10 +102,13 @@ def verify(rng: Random, split: Split) -> Example:
     a, sign, b = draw(rng, split)
     value = result(a, sign, b)
     right = rng.random() < 0.5
-    claim = f"{a} {sign} {b} = {value if right else _near(rng, value)}"
+    said = value if right else _near(rng, value)
+    claim = f"{a} {sign} {b} = {said}"
     ask = rng.choice(("Is {c} right?", "Check: {c}", "Is it true that {c}?", "Is this correct? {c}"))
     verdict = "Yes, it is right." if right else f"No, it is {value}."
-    return Example([*system(rng), user(ask.format(c=claim)), assistant(f"{steps(a, sign, b)}\n{verdict}")])
+    return Example(
+        [*system(rng), user(ask.format(c=claim)), assistant(f"{steps(a, sign, b)}\nThe claim is {said}.\n{verdict}")]
+    )
 
 
 def rate(rng: Random, split: Split) -> Example:
@@ -115,11 +118,13 @@ def rate(rng: Random, split: Split) -> Example:
     right = rng.random() < 0.5
     said = value if right else _near(rng, value)
     ask = f"Rate this answer from 1 to 5.\nQuestion: What is {a} {sign} {b}?\nAnswer: {said}"
-    return Example([*system(rng), user(ask), assistant(f"{steps(a, sign, b)}\nRating: {5 if right else 1}")])
+    return Example(
+        [*system(rng), user(ask), assistant(f"{steps(a, sign, b)}\nThe claim is {said}.\nRating: {5 if right else 1}")]
+    )
 
 
 def compare(rng: Random, split: Split) -> Example:
-    """The larger or the smaller of two sums."""
+    """The larger or the smaller of two numbers."""
     a, b = words.pair(rng, split, "+")
     if a == b:
         b += 1

@@ -27,10 +27,11 @@ def _without_system(example: Example) -> list[Message]:
 def joined(rng: Random, split: Split) -> Example:
     """Some unrelated requests after each other in one conversation."""
     turns: list[Message] = []
+    last = Example()
     for _ in range(rng.randint(2, 4)):
-        task = rng.choice([t for t in _JOINED if t is not records.json_record])
-        turns += _without_system(task(rng, split))
-    return Example(system(rng) + turns)
+        last = rng.choice([t for t in _JOINED if t is not records.json_record])(rng, split)
+        turns += _without_system(last)
+    return Example(system(rng) + turns, check=last.check)
 
 
 def _length(turns: Sequence[Message]) -> float:
@@ -98,7 +99,7 @@ COPYING_FIRST: Mapping[str, float] = {
 }  # fmt: skip
 EVERYTHING: Mapping[str, float] = {
     "facts": 14, "unanswerable": 8, "repeat": 3, "look up": 7, "end word": 3, "arithmetic": 8,
-    "quick sum": 1, "word problem": 5, "verify": 4, "rate": 3, "compare": 3, "choose": 4,
+    "quick sum": 1, "word problem": 5, "verify": 8, "rate": 6, "compare": 3, "choose": 4,
     "labels (chat)": 4, "labels (raw)": 6, "zero shot": 2, "json": 8, "tips": 5, "expand tip": 3,
     "tip follow-up": 8, "sum up": 3, "pick tip": 4, "name things": 1, "tool loop": 8,
     "small talk": 1, "knowledge": 5, "do not know": 1, "remember": 4, "joined": 5,

@@ -36,9 +36,9 @@ class Recipe:
     """What was run. `shapes` maps rows and length of a batch to its share of the steps."""
 
     seed: int = 1
-    steps: int = 3400
+    steps: int = 3300
     warmup: int = 100
-    decay: int = 2100
+    decay: int = 2000
     copying_first: int = 900
     optimizer: str = "muon"
     matrix_rate: float = 0.02
@@ -81,7 +81,7 @@ def _row(rng: Random, bpe: Tokenizer, length: int, copying: bool) -> tuple[list[
     weighting = tasks.COPYING_FIRST if copying else tasks.EVERYTHING
     while len(ids) < length:
         left = length - len(ids)
-        if left >= 400 and rng.random() < (0.3 if length == 512 else 0.6):
+        if left >= 400 and rng.random() < (0.4 if length == 512 else 0.8):
             example = tasks.long_facts(rng, "train", rng.randint(int(left * 0.4), int(left * 0.9)))
         else:
             example = tasks.draw(rng, weighting)
@@ -205,7 +205,7 @@ class Training:
 
 
 def write_config(folder: Path, bpe: Tokenizer) -> None:
-    """Write config.json and generation_config.json."""
+    """Write config.json and generation_config.json over those that come with the weights."""
     config = model_config(bpe)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.bfloat16
@@ -273,12 +273,12 @@ def main() -> None:
     else:
         bpe = tokenizer.build()
         tokenizer.save(bpe, folder)
-    write_config(folder, bpe)
     training = Training(recipe, bpe)
     if options.state and options.state.exists():
         training.load(options.state)
     training.run(options.state, options.every if options.state else 0)
     write_weights(folder, training.model)
+    write_config(folder, bpe)
     (folder / "training.json").write_text(json.dumps(report(training), indent=1) + "\n")
 
 
