@@ -78,6 +78,8 @@ class Engine:
         self._drains: list[Operation] = []
         self._num_branches = 0
         self._num_queued = 0
+        self._ready: deque[Branch] = deque()  # branches whose queues may have something to carry out
+        self._is_pumping = False
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -192,25 +194,36 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ branches
 
-    def _pump(self, start: Branch) -> None:
-        """Carry out what is queued on a branch, until something has to run; then on the children that were born."""
-        ready = deque([start])
-        while ready:
-            branch = ready.popleft()
-            while branch.is_born and branch.current is None and branch.pending:
-                operation = branch.pending.popleft()
-                if operation.progress is Progress.ENDED:  # while it waited: only what was sent after it depends on it
-                    branch.poison = branch.poison or operation.poison
-                    continue
-                self._num_queued -= 1
-                self._carry_out(operation, branch, ready)
+    def _pump(self, branch: Branch) -> None:
+        """Carry out what is queued on a branch until something has to run, and on those that this sets free.
 
-    def _carry_out(self, operation: Operation, branch: Branch, ready: deque[Branch]) -> None:
+        Never nested: what carrying out sets free waits its turn, so that a queue of any length needs no deep stack.
+        """
+        self._ready.append(branch)
+        if self._is_pumping:
+            return
+        self._is_pumping = True
+        try:
+            while self._ready:
+                self._drain_queue(self._ready.popleft())
+        finally:
+            self._is_pumping = False
+
+    def _drain_queue(self, branch: Branch) -> None:
+        while branch.is_born and branch.current is None and branch.pending:
+            operation = branch.pending.popleft()
+            if operation.progress is Progress.ENDED:  # while it waited: only what was sent after it depends on it
+                branch.poison = branch.poison or operation.poison
+                continue
+            self._num_queued -= 1
+            self._carry_out(operation, branch)
+
+    def _carry_out(self, operation: Operation, branch: Branch) -> None:
         request = operation.request
         operation.progress = Progress.RUNNING
         try:
             if isinstance(request, Fork):
-                self._bear(branch, request, ready)
+                self._bear(branch, request)
             if branch.poison is not None and not isinstance(request, Release | Rollback):
                 poison = branch.poison
                 error = RequestError("dependency_failed", f"depends on a failed operation: {poison.message}")
@@ -223,12 +236,12 @@ class Engine:
             log.exception("%s failed", type(request).__name__.lower())
             self._fail(operation, RequestError("internal", f"{type(error).__name__}: {error}"))
 
-    def _bear(self, parent: Branch, request: Fork, ready: deque[Branch]) -> None:
+    def _bear(self, parent: Branch, request: Fork) -> None:
         for child_id in request.children:
             child = parent.children.get(child_id)
             if child is not None:  # not released before it was born
                 child.inherit(parent)
-                ready.append(child)
+                self._ready.append(child)
 
     def _execute(self, operation: Operation, branch: Branch, request: Request) -> None:
         match request:
