@@ -233,7 +233,6 @@ def test_a_choice_that_is_preempted_between_two_chunks_is_scored_once(at: int) -
     assert not isinstance(world.last(0, op), Failed)
 
 
-@pytest.mark.xfail(reason="Engine._pump recurses", strict=False)
 def test_a_long_queue_of_failures_and_cures_ends_however_long_it_is() -> None:
     world = World(num_pages=8, page_size=2, context_len=200)
     world.branch(0, 1, Text("a b"))
@@ -246,7 +245,6 @@ def test_a_long_queue_of_failures_and_cures_ends_however_long_it_is() -> None:
     assert isinstance(world.last(0, refused), Failed)
 
 
-@pytest.mark.xfail(reason="Engine._pump recurses", strict=False)
 def test_a_long_chain_of_forks_of_released_branches_ends_however_long_it_is() -> None:
     world = World(num_pages=8, page_size=2, context_len=200)
     world.branch(0, 1, Text("a b"))
