@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,6 +16,9 @@ from bough.errors import BoughError, InvalidRequest
 from bough.link import Convert, Entry, Keys, Link
 from bough.runtime import protocol
 from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected, Welcome
+
+if TYPE_CHECKING:
+    from bough.recovery import RecoveringLink
 
 
 class RuntimeClient:
@@ -40,11 +43,22 @@ class RuntimeClient:
         watch: Callable[[], str | None] | None = None,
     ) -> None:
         keys = _keys(server_public_key, public_key, secret_key)
-        self._link = Link(address, silence_s=silence_timeout, watch=watch, keys=keys)
+        link = Link(address, silence_s=silence_timeout, watch=watch, keys=keys)
+        link.start(timeout)
+        self._use(link)
+
+    @classmethod
+    def over(cls, link: Link | RecoveringLink) -> RuntimeClient:
+        """Return a client that owns a link which was started already."""
+        client = cls.__new__(cls)
+        client._use(link)
+        return client
+
+    def _use(self, link: Link | RecoveringLink) -> None:
+        self._link = link
         self._branches = count(1)
         self._live: set[Branch] = set()
-        self._welcome = self._link.start(timeout)
-        self._finalizer = weakref.finalize(self, _close, self._link, self._live)
+        self._finalizer = weakref.finalize(self, _close, link, self._live)
 
     def __enter__(self) -> RuntimeClient:
         return self
@@ -54,7 +68,7 @@ class RuntimeClient:
 
     def __repr__(self) -> str:
         state = "closed" if self._link.lost else "connected"
-        return f"<RuntimeClient {self.address} {state}, model {self._welcome.model}>"
+        return f"<RuntimeClient {self.address} {state}, model {self.welcome.model}>"
 
     def close(self) -> None:
         """Give all branches back and disconnect; whoever still waits gets RuntimeLost. Idempotent."""
@@ -68,7 +82,9 @@ class RuntimeClient:
     @property
     def welcome(self) -> Welcome:
         """What the runtime said of itself."""
-        return self._welcome
+        welcome = self._link.welcome
+        assert welcome is not None, "the link was started"
+        return welcome
 
     @property
     def bytes_out(self) -> int:
@@ -171,7 +187,7 @@ class RuntimeClient:
 
     def server_info(self) -> dict[str, object]:
         """Return what the runtime said of itself: model, device, dtype, limits."""
-        info: dict[str, object] = msgspec.structs.asdict(self._welcome)
+        info: dict[str, object] = msgspec.structs.asdict(self.welcome)
         del info["op"]
         return {**info, "address": self.address}
 
@@ -219,7 +235,7 @@ def _keys(server_public: str | None, public: str | None, secret: str | None) -> 
     return Keys(server_public, public, secret)
 
 
-def _close(link: Link, live: set[Branch]) -> None:
+def _close(link: Link | RecoveringLink, live: set[Branch]) -> None:
     """Stop what still runs for this client, and release its branches."""
     farewell: list[Any] = []
     if live:

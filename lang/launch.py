@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bough.backend import Branch, Generation, OnDelta
 from bough.client import RuntimeClient
 from bough.errors import InvalidRequest
-from bough.process import RuntimeProcess
+from bough.life import RuntimeLife
 from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected
 
-SILENCE_S = 60.0
-"""How long this process's own runtime may be silent. Its death is seen at once; a long step of a large model is not."""
+if TYPE_CHECKING:
+    from bough.recovery import RecoveringLink
 
 
 class Runtime:
@@ -27,6 +27,16 @@ class Runtime:
     holds; token_budget: most tokens of one step; max_running: most sequences of one step. schedule_policy: "lpm"
     (longest cached prefix first) or "fcfs". radix_cache=False shares nothing between requests. seed: of everything
     sampled without a seed of its own. start_timeout: seconds until the runtime must serve.
+
+    exact=True: a token's keys and values have the same bits however they came about, computed with a prompt or while
+    generating (slower). Without it, what is sampled may change where two tokens are almost equally likely, when a text
+    is computed in another way than before.
+
+    restart=True: when the process dies or hangs, a new one is started with the same options, the branches in use are
+    made again in it from the tokens they had, and what was in flight runs again with the seed it had; programs go on
+    and do not notice. Their texts are those of an undisturbed run for sure only with exact=True, without it nearly
+    always; a stream whose text comes out different is ended with RuntimeLost. After three restarts within a minute, or
+    if a restart fails, everything raises RuntimeLost as it does without. `address` and `pid` change with each restart.
 
     The process ends with `shutdown`, with the `with` block, with this object, or with this process, whatever ends it.
 
@@ -48,6 +58,8 @@ class Runtime:
         schedule_policy: str = "lpm",
         radix_cache: bool = True,
         seed: int | None = None,
+        exact: bool = False,
+        restart: bool = False,
         log_level: str = "warning",
         start_timeout: float = 120.0,
     ) -> None:
@@ -55,6 +67,10 @@ class Runtime:
             if model != "pocket":
                 raise InvalidRequest("model_path is another name of model: give one of them")
             model = model_path
+        if not isinstance(restart, bool):
+            raise InvalidRequest(f"restart must be True or False, got {restart!r}", field="restart")
+        if restart and seed is None:
+            seed = int.from_bytes(os.urandom(8), "little") >> 2  # each process must have the same
         options = runtime_options(
             dtype=dtype,
             device=device,
@@ -65,20 +81,27 @@ class Runtime:
             schedule_policy=schedule_policy,
             radix_cache=radix_cache,
             seed=seed,
+            exact=exact,
             log_level=log_level,
         )
         if not isinstance(start_timeout, (int, float)) or isinstance(start_timeout, bool) or not start_timeout > 0:
             raise InvalidRequest(f"start_timeout must be a positive number of seconds, got {start_timeout!r}")
-        deadline = time.monotonic() + start_timeout
-        self._process = RuntimeProcess(_model_argument(model), options, deadline)
+        begin = functools.partial(RuntimeLife, _model_argument(model), options, float(start_timeout))
+        life = begin()
         try:
-            left = max(1.0, deadline - time.monotonic())
-            watch = self._process.reason_of_death
-            self._client = RuntimeClient(self._process.address, timeout=left, silence_timeout=SILENCE_S, watch=watch)
+            life.start()
         except BaseException:
-            self._process.stop()
+            life.end()
             raise
-        self._finalizer = weakref.finalize(self, _shutdown, self._client, self._process)
+        self._life = life
+        self._recovering: RecoveringLink | None = None
+        if restart:
+            from bough.recovery import RecoveringLink
+
+            assert seed is not None, "drawn above"
+            self._recovering = RecoveringLink(begin, life, seed)
+        self._client = RuntimeClient.over(self._recovering or life.link)
+        self._finalizer = weakref.finalize(self, _shutdown, self._client, self._recovering or life)
 
     def __enter__(self) -> Runtime:
         return self
@@ -95,13 +118,16 @@ class Runtime:
 
     @property
     def address(self) -> str:
-        """Where the runtime listens; other processes of this user can reach it with RuntimeClient(address)."""
-        return self._process.address
+        """Where the runtime listens; other processes of this user can reach it with RuntimeClient(address).
+
+        A restart changes it, and is not noticed by clients of other processes: they get RuntimeLost.
+        """
+        return self._client.address
 
     @property
     def pid(self) -> int:
         """The process id of the runtime."""
-        return self._process.pid
+        return self._life.pid if self._recovering is None else self._recovering.pid
 
     @property
     def client(self) -> RuntimeClient:
@@ -172,7 +198,10 @@ class Runtime:
 
     def stats(self) -> dict[str, int | float | str]:
         """Return the runtime's counters: tokens cached, computed and generated, pages, branches, steps."""
-        return self._client.stats()
+        values = self._client.stats()
+        if self._recovering is not None:
+            values["num_restarts"] = self._recovering.num_restarts
+        return values
 
     def flush_cache(self) -> None:
         """Drop every cached prefix that is not in use."""
@@ -194,9 +223,11 @@ def runtime_options(**given: Any) -> list[str]:
     for name, allowed in _ALLOWED.items():
         if given[name] is not None and given[name] not in allowed:
             raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}", field=name)
-    if not isinstance(given["radix_cache"], bool):
-        raise InvalidRequest(f"radix_cache must be True or False, got {given['radix_cache']!r}", field="radix_cache")
+    for name in ("radix_cache", "exact"):
+        if not isinstance(given[name], bool):
+            raise InvalidRequest(f"{name} must be True or False, got {given[name]!r}", field=name)
     options = [] if given.pop("radix_cache") else ["--no-radix-cache"]
+    options += ["--exact"] if given.pop("exact") else []
     for name, value in given.items():
         if value is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]
@@ -220,6 +251,6 @@ def _model_argument(model: object) -> str:
     return path if looks_like_path or (name != "pocket" and os.path.isdir(path)) else name
 
 
-def _shutdown(client: RuntimeClient, process: RuntimeProcess) -> None:
+def _shutdown(client: RuntimeClient, life: RuntimeLife | RecoveringLink) -> None:
     client.close()
-    process.stop()
+    life.end()

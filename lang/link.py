@@ -6,7 +6,7 @@ operations that Python makes atomic. So a send is allowed anywhere, the garbage 
 
 A connection is lost once and for ever: by the runtime's end, a disconnect, silence, another epoch, or an unreadable
 frame. Then everything in flight fails with the reason, and so does every later call. There is no reconnecting, because
-what the runtime held for this client is gone.
+what the runtime held for this client is gone; `recovery` begins anew on another link.
 """
 
 from __future__ import annotations
@@ -70,6 +70,16 @@ class Entry:
         self.on_delta = on_delta
         self.ungranted = 0
 
+    def done(self, value: Any) -> None:
+        """Tell who waits."""
+        if self.future is not None:
+            self.future.set_result(value)
+
+    def failed(self, error: BoughError) -> None:
+        """Tell who waits that it came to nothing."""
+        if self.future is not None:
+            self.future.set_exception(error)
+
 
 class Link:
     """A connection to one runtime. `start` it once; `stop` is idempotent."""
@@ -103,6 +113,8 @@ class Link:
 
     def start(self, timeout_s: float) -> protocol.Welcome:
         """Connect and say hello. Raises RuntimeLost if nothing answers in time, ProtocolMismatch if no runtime does."""
+        if self._stopping:
+            raise self._closed()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         context = zmq.Context()
@@ -126,15 +138,16 @@ class Link:
             self.stop()
             raise RuntimeLost(f"no runtime answered at {self.address} within {timeout_s:g} s") from None
 
-    def send(self, request: Any, entry: Entry | None, buffers: Sequence[protocol.Buffer] = ()) -> None:
-        """Send a request, and complete the entry's future with its reply. Raises at once if that cannot be."""
-        if os.getpid() != self._pid:
-            raise InvalidRequest(f"this client belongs to process {self._pid}: after a fork, make a new one")
+    def send(
+        self, request: Any, entry: Entry | None, buffers: Sequence[protocol.Buffer] = (), *, limit: int = MAX_OUTBOX
+    ) -> None:
+        """Send a request, and complete the entry with its reply. Raises at once if that cannot be."""
+        check_process(self._pid)
         if self._lost is not None:
             raise self._lost.again()
-        if len(self._outbox) > MAX_OUTBOX:
-            raise Overloaded(f"more than {MAX_OUTBOX} requests wait to be sent to {self.address}")
-        frames = _encoded(request, buffers)
+        if len(self._outbox) > limit:
+            raise Overloaded(f"more than {limit} requests wait to be sent to {self.address}")
+        frames = encoded(request, buffers)
         if entry is not None:
             self._inflight[request.op] = entry
         self._outbox.append(frames)
@@ -147,12 +160,19 @@ class Link:
         if os.getpid() != self._pid:
             return
         if self._lost is None:
-            self._outbox.extend(_encoded(request, ()) for request in farewell)
+            self._outbox.extend(encoded(request, ()) for request in farewell)
         self._stopping = True
         self._ring()
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is None:  # never started
+            self._lose(self._closed())
+            self._bell.close()
+            self._ear.close()
+        elif thread is not threading.current_thread():
             thread.join(5.0)
+
+    def _closed(self) -> RuntimeLost:
+        return RuntimeLost(f"this client of {self.address} was closed")
 
     @property
     def is_busy(self) -> bool:
@@ -199,7 +219,7 @@ class Link:
             log.exception("the connection to %s failed", self.address)
             self._lose(BackendError(f"the client's connection thread failed: {error!r}"))
         finally:
-            self._lose(RuntimeLost(f"this client of {self.address} was closed"))
+            self._lose(self._closed())
             self._ear.close()
             self._bell.close()
             dealer.disable_monitor()
@@ -276,8 +296,7 @@ class Link:
             loss = self._liveness.ponged(reply.epoch)
             if loss is not None:
                 self._lose(loss)
-        if entry.future is not None:
-            entry.future.set_result(value)
+        entry.done(value)
         return None
 
     def _handle_delta(self, delta: protocol.Delta, buffers: Sequence[protocol.Buffer]) -> None:
@@ -289,7 +308,7 @@ class Link:
         # Granted on arrival, not when a reader has read: a slow reader costs this process memory, and nobody else time.
         entry.ungranted += len(buffers[delta.buffer]) // 4
         if self.welcome is None or entry.ungranted >= max(1, self.welcome.credit // 4):
-            self._outbox.append(_encoded(protocol.Credit(delta.op, entry.ungranted), ()))
+            self._outbox.append(encoded(protocol.Credit(delta.op, entry.ungranted), ()))
             entry.ungranted = 0
         if entry.on_delta is not None:
             try:
@@ -307,8 +326,8 @@ class Link:
         while len(self._failures) > MAX_FAILURES:
             del self._failures[next(iter(self._failures))]
         entry = self._inflight.pop(failed.op, None)
-        if entry is not None and entry.future is not None:
-            entry.future.set_exception(error if cause is None else cause.for_dependant())
+        if entry is not None:
+            entry.failed(error if cause is None else cause.for_dependant())
         return None
 
     # ------------------------------------------------------------------------------------------ life and death
@@ -321,13 +340,16 @@ class Link:
         elif self._liveness.must_ping(now):
             op = next(self.ops)
             self._inflight[op] = Entry(protocol.Pong)
-            self._outbox.append(_encoded(protocol.Ping(op), ()))
+            self._outbox.append(encoded(protocol.Ping(op), ()))
             self._liveness.pinged(op, now)
 
     def _check_monitor(self, monitor: zmq.Socket[Any]) -> None:
         event = zmq.utils.monitor.recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
         if event != zmq.EVENT_DISCONNECTED:
-            return self._lose(RuntimeLost(f"{self.address} refused this client's keys"))
+            refusal = (
+                "wants CURVE keys, and this client has none" if self._keys is None else "refused this client's keys"
+            )
+            return self._lose(RuntimeLost(f"{self.address} {refusal}"))
         reason = self._reason_of_death()
         return self._lose(RuntimeLost(reason or f"the runtime at {self.address} closed the connection"))
 
@@ -348,11 +370,16 @@ class Link:
             self._lost = error
         while self._inflight:
             _, entry = self._inflight.popitem()
-            if entry.future is not None:
-                entry.future.set_exception(self._lost)
+            entry.failed(self._lost)
 
 
-def _encoded(request: Any, buffers: Sequence[protocol.Buffer]) -> list[protocol.Buffer]:
+def check_process(pid: int) -> None:
+    """Raise InvalidRequest in another process than `pid`: a fork has no threads, and shares the socket."""
+    if os.getpid() != pid:
+        raise InvalidRequest(f"this client belongs to process {pid}: after a fork, make a new one")
+
+
+def encoded(request: Any, buffers: Sequence[protocol.Buffer]) -> list[protocol.Buffer]:
     """Return the frames of a request. Raises InvalidRequest for what cannot go over the wire."""
     try:
         frames = protocol.encode_request(request, buffers)

@@ -33,15 +33,17 @@ QUIET_S: Final = 1.0
 
 
 class RuntimeProcess:
-    """A running `python -m bough.runtime`; `stop` is idempotent."""
+    """A `python -m bough.runtime`, started but not ready yet; `stop` is idempotent, and ends a wait for it too."""
 
-    def __init__(self, model: str, options: Sequence[str], deadline: float) -> None:
+    def __init__(self, model: str, options: Sequence[str]) -> None:
         self._parent_pid = os.getpid()
         self._folder = _private_folder()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._stopped = False
+        self._stopping = threading.Lock()
         self.address = f"ipc://{self._folder}/s"
-        status, child_status = os.pipe()
+        read_end, child_status = os.pipe()
+        self._status = status = os.fdopen(read_end, "rb", buffering=0)
         try:
             self._popen = subprocess.Popen(
                 [
@@ -59,7 +61,7 @@ class RuntimeProcess:
                 start_new_session=True,  # Ctrl-C is for the program, which then shuts the runtime down
             )
         except BaseException:
-            os.close(status)
+            status.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
         finally:
@@ -69,9 +71,12 @@ class RuntimeProcess:
             target=_pass_on, args=(self._popen.stderr, self._tail), name="bough-runtime-stderr", daemon=True
         )
         self._reader.start()
+
+    def wait_until_ready(self, deadline: float) -> None:
+        """Return once the runtime serves; call it once. Raises why it does not, and then it is stopped."""
         try:
-            with os.fdopen(status, "rb", buffering=0) as pipe:
-                self.address = self._wait_until_ready(pipe, deadline)
+            with self._status as pipe:
+                self.address = self._address_when_ready(pipe, deadline)
         except BaseException:
             self.stop()
             raise
@@ -88,9 +93,14 @@ class RuntimeProcess:
 
     def stop(self) -> None:
         """End the process: politely, then for sure; remove its folder."""
-        if self._stopped or os.getpid() != self._parent_pid:  # a forked child must not stop its parent's runtime
+        if os.getpid() != self._parent_pid:  # a forked child must not stop its parent's runtime
             return
-        self._stopped = True
+        with self._stopping:  # whoever comes second returns when it has ended, too
+            if not self._stopped:
+                self._stopped = True
+                self._stop()
+
+    def _stop(self) -> None:
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)
             try:
@@ -108,7 +118,7 @@ class RuntimeProcess:
 
     # ------------------------------------------------------------------------------------------ start
 
-    def _wait_until_ready(self, pipe: IO[bytes], deadline: float) -> str:
+    def _address_when_ready(self, pipe: IO[bytes], deadline: float) -> str:
         with _progress() as show:
             for status in _status_lines(pipe, deadline):
                 if status is None:

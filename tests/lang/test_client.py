@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from loopback import WELCOME, Loopback, plain_answer
 
 import bough as bo
@@ -379,6 +380,15 @@ def test_nobody_at_the_address_is_told_in_time(address: str) -> None:
 def test_an_address_that_is_none_is_refused(wrong: str) -> None:
     with pytest.raises(bo.InvalidRequest, match="cannot connect to"):
         RuntimeClient(wrong)
+
+
+def test_a_client_without_keys_is_told_that_it_needs_some() -> None:
+    public, secret = zmq.curve_keypair()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.curve_publickey, router.curve_secretkey, router.curve_server = public, secret, True
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        with pytest.raises(bo.RuntimeLost, match="wants CURVE keys, and this client has none"):
+            RuntimeClient(f"tcp://127.0.0.1:{port}")
 
 
 def test_another_version_at_the_address_is_told(address: str) -> None:
