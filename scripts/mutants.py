@@ -225,8 +225,8 @@ MUTANTS = (
     Mutant(
         "what was cancelled while it waited poisons nothing",
         ENGINE,
-        "                    branch.poison = branch.poison or operation.poison\n                    continue",
-        "                    continue",
+        "branch.poison = branch.poison or operation.poison\n                continue",
+        "continue",
     ),
     Mutant("what is cancelled runs on", ENGINE, "            self._in_flight.stop(operation.work)\n", ""),
     Mutant(
