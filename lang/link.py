@@ -345,11 +345,11 @@ class Link:
 
     def _check_monitor(self, monitor: zmq.Socket[Any]) -> None:
         event = zmq.utils.monitor.recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
+        # A client without keys is refused in words or just cut off: a runtime on tcp always wants some.
+        if self._keys is None and self.welcome is None and self.address.startswith("tcp://"):
+            return self._lose(RuntimeLost(f"{self.address} wants CURVE keys, and this client has none"))
         if event != zmq.EVENT_DISCONNECTED:
-            refusal = (
-                "wants CURVE keys, and this client has none" if self._keys is None else "refused this client's keys"
-            )
-            return self._lose(RuntimeLost(f"{self.address} {refusal}"))
+            return self._lose(RuntimeLost(f"{self.address} refused this client's keys"))
         reason = self._reason_of_death()
         return self._lose(RuntimeLost(reason or f"the runtime at {self.address} closed the connection"))
 
