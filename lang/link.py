@@ -203,6 +203,7 @@ class Link:
             dealer.curve_serverkey = self._keys.server_public.encode()
             dealer.curve_publickey = self._keys.public.encode()
             dealer.curve_secretkey = self._keys.secret.encode()
+        dealer.get_monitor_socket(_GONE)  # made before connecting: a refusal may come before the thread looks
         try:
             dealer.connect(self.address)
         except zmq.ZMQError as error:

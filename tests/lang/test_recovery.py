@@ -132,6 +132,7 @@ def test_a_program_goes_on_where_it_was(lives: Lives, client: RuntimeClient) -> 
     forks[0].__iadd__("more " + bo.gen("z"))
     assert forks[0]["z"] == "one two three"
     peer = lives.peer(1)
+    peer.expect(9)
     assert names(peer)[:9] == [
         "Hello", "Open", "Extend", "Extend", "Fork", "Extend", "Extend", "Generate", "Extend",
     ]  # fmt: skip
@@ -382,7 +383,7 @@ def test_a_runtime_that_is_lost_again_and_again_is_given_up(lives: Lives, client
 
 def test_a_restart_that_fails_is_told_to_all_with_its_cause(lives: Lives, client: RuntimeClient) -> None:
     def no_memory(life: PeerLife) -> None:
-        life.peer.die()
+        life.end()
         raise bo.ResourceExhausted("no memory")
 
     lives.prepare = no_memory
