@@ -23,6 +23,13 @@ from bough.runtime.protocol import RequestError
 from bough.runtime.sequence import Sequence
 from bough.runtime.vector import IntArray
 
+# What was used in this many steps is not evicted to admit another sequence while anything runs: a program's next
+# request arrives a step or so after its last result, and what waits is matched, and so used, when the queue is ranked.
+KEPT_STEPS = 16
+# A sequence of which less than half is cached begins something new, which will want to grow: it starts only if this
+# share of the pool is left for what runs already.
+COLD_HEADROOM = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -55,7 +62,10 @@ class Counters:
 
 
 class Scheduler:
-    """Owns the sequences and, through the cache, the pages. One caller, one thread."""
+    """Owns the sequences and, through the cache, the pages. One caller, one thread.
+
+    usual_len: tokens that a generation is expected to have, the first value of a moving mean.
+    """
 
     def __init__(
         self,
@@ -64,6 +74,7 @@ class Scheduler:
         token_budget: int,
         max_running: int,
         policy: str = "lpm",
+        usual_len: float = 256.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
@@ -78,6 +89,8 @@ class Scheduler:
         self._max_running = max_running
         self._clock = clock
         self._arrivals = 0
+        self._clocks: deque[int] = deque(maxlen=KEPT_STEPS)  # the tree's clock at the last plans
+        self._usual_len = usual_len
 
     # ------------------------------------------------------------------------------------------ queue
 
@@ -119,6 +132,8 @@ class Scheduler:
             self._preempted.remove(sequence)
         self._matched.pop(sequence, None)
         sequence.status = Status.FINISHED
+        if sequence.params is not None:
+            self._usual_len += (len(sequence.generated) - self._usual_len) / 16
 
     def pause(self, sequence: Sequence) -> None:
         """Stop scheduling a sequence; it keeps its pages, but is the first to be preempted."""
@@ -141,6 +156,7 @@ class Scheduler:
         copies: list[PageCopy] = []
         budget = self._token_budget
         num_preempted = self.counters.preemptions
+        self._clocks.append(self.cache.tree.clock)
         for sequence in [s for s in self.running if not s.is_prefilling]:
             if budget and self._can_decode(sequence, rows):
                 rows[sequence] = 1
@@ -211,7 +227,11 @@ class Scheduler:
             if sequence.is_paused or self._is_computed_elsewhere(sequence):
                 continue
             lease = self.cache.acquire(
-                sequence.namespace, sequence.tokens.view(), sequence.match_limit, headroom=len(self.running)
+                sequence.namespace,
+                sequence.tokens.view(),
+                sequence.match_limit,
+                headroom=self._headroom(sequence),
+                used_until=self._clocks[0] if self.running else None,
             )
             if lease is None and not self.running:
                 # A cached prefix can pin more pages than its tokens need, where edges meet inside a page: do without.
@@ -230,6 +250,21 @@ class Scheduler:
                 copies.append(lease.copy)
             rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
             budget -= rows[sequence]
+
+    def _headroom(self, sequence: Sequence) -> int:
+        """Return how many pages to leave free: for what those that run, and this one, are likely to generate."""
+        if not self.running:
+            return 0
+        growth = sum(self._growth(other) for other in self.running) + self._growth(sequence)
+        headroom = max(len(self.running), int(growth / self.cache.page_size))
+        if self._matched_len(sequence) < len(sequence.tokens) // 2:
+            headroom += int(COLD_HEADROOM * self.cache.num_pages)
+        return headroom
+
+    def _growth(self, sequence: Sequence) -> float:
+        if sequence.params is None:
+            return 0.0
+        return max(min(self._usual_len, sequence.params.max_tokens) - len(sequence.generated), 1.0)
 
     def _preempt_paused(self) -> bool:
         """Take place and pages from a sequence whose reader stalls; False if there is none."""

@@ -72,26 +72,31 @@ class PrefixCache:
         """Return how many leading tokens are cached."""
         return self.tree.match(namespace, tokens).length if self.enabled else 0
 
-    def acquire(self, namespace: Hashable, tokens: IntArray, limit: int, headroom: int) -> Lease | None:
+    def acquire(
+        self, namespace: Hashable, tokens: IntArray, limit: int, headroom: int, used_until: int | None = None
+    ) -> Lease | None:
         """Lease the cached prefix of tokens[:limit] and pages for all of `tokens`; None if they cannot be had.
 
         headroom: pages that must still be free afterwards, so that what runs can go on for a while.
+        used_until: a time of the tree's clock; prefixes used later are not evicted for this lease.
         """
         match = self.tree.match(namespace, tokens[: limit if self.enabled else 0])
-        lease = self._lease(namespace, match, len(tokens), headroom)
+        lease = self._lease(namespace, match, len(tokens), headroom, used_until)
         if lease is None and match.length % self.page_size:
             # The page that would be copied is one more than the tokens need: in a full pool, recompute its part.
             match = self.tree.match(namespace, tokens[: match.length - match.length % self.page_size])
-            lease = self._lease(namespace, match, len(tokens), headroom)
+            lease = self._lease(namespace, match, len(tokens), headroom, used_until)
         return lease
 
-    def _lease(self, namespace: Hashable, match: Match, num_tokens: int, headroom: int) -> Lease | None:
+    def _lease(
+        self, namespace: Hashable, match: Match, num_tokens: int, headroom: int, used_until: int | None
+    ) -> Lease | None:
         node = self.tree.seal(match)
         self.tree.lock(node)
         row = IntVector(capacity=self.num_pages_for(num_tokens) + 4)
         self.tree.fill_row(node, row)
         shared = match.length // self.page_size
-        fresh = self._allocate(self.num_pages_for(num_tokens) - shared, headroom)
+        fresh = self._allocate(self.num_pages_for(num_tokens) - shared, headroom, used_until)
         if fresh is None:
             self.tree.unlock(node)
             return None
@@ -136,10 +141,10 @@ class PrefixCache:
         """Drop every prefix that no lease needs; return how many pages became free."""
         return self.tree.evict(self.num_pages)
 
-    def _allocate(self, count: int, headroom: int) -> list[int] | None:
+    def _allocate(self, count: int, headroom: int, used_until: int | None = None) -> list[int] | None:
         missing = count + headroom - self.allocator.num_free
         if missing > 0:
-            self.num_evictions += self.tree.evict(missing)
+            self.num_evictions += self.tree.evict(missing, used_until)
         return self.allocator.allocate(count) if self.allocator.num_free >= count + headroom else None
 
     def check_invariants(self, leases: Iterable[Lease]) -> None:

@@ -73,7 +73,7 @@ class RadixTree:
         self._roots: dict[Hashable, Node] = {}
         self._held: npt.NDArray[np.int32] = np.zeros(allocator.num_pages, dtype=np.int32)
         self._heap: list[tuple[int, int, Node]] = []  # (last_use, tie, node); stale entries are mended when popped
-        self._clock = 0
+        self.clock = 0  # grows with every use
         self._tie = 0
 
     # ------------------------------------------------------------------------------------------ reading
@@ -83,7 +83,7 @@ class RadixTree:
         root = self._roots.get(namespace)
         if root is None:
             root = self._roots[namespace] = Node(None, 0, _EMPTY, _EMPTY)
-        self._clock += 1
+        self.clock += 1
         path: list[Node] = []
         node, position = root, 0
         while position < len(tokens):
@@ -91,7 +91,7 @@ class RadixTree:
             if child is None:
                 break
             common = _common_prefix(child.tokens, tokens[position:])
-            child.last_use = self._clock
+            child.last_use = self.clock
             path.append(child)
             position += common
             node = child
@@ -138,7 +138,7 @@ class RadixTree:
         Where the tree already has a twin, the tree's pages win: full pages of the row are rewritten to them and the
         row's own are released. The caller holds the only lock on `node`, or `node` is a root.
         """
-        self._clock += 1
+        self.clock += 1
         start, position = node, node.end
         while position < len(tokens):
             child = node.children.get(int(tokens[position]))
@@ -149,7 +149,7 @@ class RadixTree:
             if common < len(child.tokens):
                 child = self._split(child, common)
             self._adopt(child, row)
-            child.last_use = self._clock
+            child.last_use = self.clock
             node, position = child, child.end
         return node
 
@@ -158,15 +158,17 @@ class RadixTree:
         node.locks += 1
 
     def unlock(self, node: Node) -> None:
-        """Take back one `lock`."""
+        """Take back one `lock`; the path to `node` counts as used now."""
         assert node.locks > 0, "a node was unlocked more often than locked"
         node.locks -= 1
+        node.last_use = self.clock
         self._offer(node)
 
-    def evict(self, num_pages: int) -> int:
+    def evict(self, num_pages: int, used_until: int | None = None) -> int:
         """Drop least recently used leaves until `num_pages` pages became free or nothing is left; return how many did.
 
-        O(log n) per leaf: a heap entry that is out of date is put back when it surfaces, never searched for.
+        used_until: a time of `clock`; what was used later is kept. O(log n) per leaf: a heap entry that is out of date
+        is put back when it surfaces, never searched for.
         """
         freed = 0
         while freed < num_pages and self._heap:
@@ -177,6 +179,9 @@ class RadixTree:
             if node.last_use != last_use:
                 self._offer(node)
                 continue
+            if used_until is not None and last_use > used_until:
+                self._offer(node)
+                break
             freed += self._remove(node)
         return freed
 
@@ -212,7 +217,7 @@ class RadixTree:
                 self._share_straddling_page(node, leaf)
             node.children[int(leaf.tokens[0])] = leaf
             self.num_nodes += 1
-            leaf.last_use = self._clock
+            leaf.last_use = self.clock
             self._offer(leaf)
             return leaf
         kept = len(node.pages) - (1 if position % size else 0)
@@ -221,7 +226,7 @@ class RadixTree:
         self._hold(pages)
         self._drop(replaced)
         node.pages = np.concatenate((node.pages[:kept], pages))
-        node.last_use = self._clock
+        node.last_use = self.clock
         return node
 
     def _share_straddling_page(self, node: Node, leaf: Node) -> None:

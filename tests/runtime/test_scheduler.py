@@ -27,10 +27,13 @@ class Bench:
         max_running: int = 8,
         policy: str = "lpm",
         cache: bool = True,
+        usual_len: float = 256.0,
     ) -> None:
         self.cache = PrefixCache(pages, page_size, enabled=cache)
         self.runner = FakeRunner(pages, page_size)
-        self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=max_running, policy=policy)
+        self.scheduler = Scheduler(
+            self.cache, token_budget=budget, max_running=max_running, policy=policy, usual_len=usual_len
+        )
         self.scores: dict[Sequence, list[float]] = {}
         self.exhausted: list[Sequence] = []
 
@@ -184,13 +187,39 @@ def test_no_plan_is_empty() -> None:
 
 
 def test_when_pages_run_out_the_newest_is_preempted_and_loses_no_work() -> None:
-    bench = Bench(pages=10, page_size=2, budget=32)
+    bench = Bench(pages=10, page_size=2, budget=32, usual_len=1.0)  # expecting short texts, it starts both at once
     first, second = bench.generate([1, 1, 1], 15), bench.generate([2, 2, 2], 15)
     bench.run()
     assert bench.scheduler.counters.preemptions > 0
     assert first.num_preemptions == 0
     assert first.generated.tolist() == expected([1, 1, 1], 15)
     assert second.generated.tolist() == expected([2, 2, 2], 15)
+
+
+def test_what_is_expected_to_grow_waits_for_room_instead_of_being_preempted() -> None:
+    bench = Bench(pages=10, page_size=2, budget=32)
+    first, second = bench.generate([1, 1, 1], 15), bench.generate([2, 2, 2], 15)
+    bench.run()
+    assert bench.scheduler.counters.preemptions == 0
+    assert first.generated.tolist() == expected([1, 1, 1], 15)
+    assert second.generated.tolist() == expected([2, 2, 2], 15)
+
+
+def test_what_was_used_lately_is_not_evicted_for_something_new_while_others_run() -> None:
+    bench = Bench(pages=40, page_size=2, budget=64, usual_len=1.0)
+    chat = [5] * 32
+    bench.generate(chat, 1)
+    running = bench.generate([9, 9], 12)
+    bench.step()
+    bench.generate([3] * 48, 1)  # cold: it would fit, were the chat's prefix evicted
+    for _ in range(3):
+        bench.step()
+    turn = bench.generate([*chat, 6, 6], 1)
+    bench.step()
+    assert running.status is Status.RUNNING
+    assert turn.cached_tokens == len(chat)
+    bench.run()
+    assert not bench.exhausted
 
 
 def test_a_sequence_that_outgrows_the_whole_pool_is_reported_once() -> None:

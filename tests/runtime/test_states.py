@@ -199,7 +199,9 @@ def test_counters_tell_what_the_runner_computed(every: int) -> None:
             break
     world.finish()
     counters = world.scheduler.counters
-    assert counters.preemptions
+    assert bool(counters.preemptions) == (
+        every < 1000
+    )  # left alone, each waits until there is room for all it may grow
     assert counters.generated_tokens == 5 * 14
     decoded = counters.generated_tokens - 5  # the last token of each needs no KV
     assert world.runner.num_computed == counters.computed_tokens + counters.recomputed_tokens + decoded
