@@ -415,8 +415,9 @@ def test_closing_ends_what_runs_gives_branches_back_and_is_idempotent(peer: Loop
 
 
 def test_a_dropped_client_closes_itself(peer: Loopback) -> None:
+    before = set(threading.enumerate())
     client = RuntimeClient(peer.address)
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "bough-client"]
+    (thread,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "bough-client"]
     del client
     gc.collect()
     thread.join(WAIT_S)
