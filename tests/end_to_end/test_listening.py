@@ -48,19 +48,25 @@ def test_an_address_of_another_kind_is_refused() -> None:
 
 
 class Keys:
-    """Key pairs as zmq.auth writes them: a server's, and two clients' of which the first is on the list."""
+    """Key pairs as zmq.auth writes them: a server's, and three clients' of which the first two are on the list."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "clients").mkdir()
         (folder / "strangers").mkdir()
         self.clients = folder / "clients"
         self.server_public_file, self.server_secret_file = zmq.auth.create_certificates(folder, "server")
-        _, self._friend = zmq.auth.create_certificates(self.clients, "friend")
-        _, self._stranger = zmq.auth.create_certificates(folder / "strangers", "stranger")
+        self._secrets = {
+            name: zmq.auth.create_certificates(where, name)[1]
+            for name, where in (
+                ("friend", self.clients),
+                ("colleague", self.clients),
+                ("stranger", folder / "strangers"),
+            )
+        }
 
     def options(self, who: str) -> dict[str, Any]:
         server, _ = zmq.auth.load_certificate(self.server_public_file)
-        public, secret = zmq.auth.load_certificate(self._friend if who == "friend" else self._stranger)
+        public, secret = zmq.auth.load_certificate(self._secrets[who])
         assert secret is not None
         return {"server_public_key": server.decode(), "public_key": public.decode(), "secret_key": secret.decode()}
 
@@ -101,6 +107,19 @@ def test_a_client_whose_key_is_on_the_list_is_served(address: str, keys: Keys) -
         state += bo.gen("new", max_tokens=4, temperature=0)
         assert within(20, state.error) is None
         assert client.server_info()["address"] == address
+
+
+def test_tenants_with_keys_of_their_own_share_nothing_in_the_cache(address: str, keys: Keys) -> None:
+    def cached_tokens(who: str) -> int:
+        with bo.RuntimeClient(address, **keys.options(who)) as client:
+            state = bo.State(client)
+            state += "A secret prompt that the other tenant guesses word by word"
+            state += bo.gen("new", max_tokens=2, temperature=0)
+            return int(within(20, lambda: state.get_meta_info("new"))["cached_tokens"])
+
+    assert cached_tokens("friend") == 0
+    assert cached_tokens("colleague") == 0
+    assert cached_tokens("friend") > 0
 
 
 @pytest.mark.parametrize("who", ["stranger", "nobody"])
