@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "use does not keep from eviction",
         TREE,
-        "            child.last_use = self._clock\n            path",
+        "            child.last_use = self.clock\n            path",
         "            path",
     ),
     # ------------------------------------------------------------------------------------------ leases
