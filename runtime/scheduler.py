@@ -21,7 +21,7 @@ from bough.runtime.lifecycle import Status
 from bough.runtime.policies import POLICIES
 from bough.runtime.protocol import RequestError
 from bough.runtime.sequence import Sequence
-from bough.runtime.vector import IntArray
+from bough.runtime.vector import common_prefix
 
 # What was used in this many steps is not evicted to admit another sequence while anything runs: a program's next
 # request arrives a step or so after its last result, and what waits is matched, and so used, when the queue is ranked.
@@ -314,7 +314,7 @@ class Scheduler:
         for other in self.running:
             if not other.is_prefilling or other.is_paused or other.namespace != sequence.namespace:
                 continue
-            common = _common_prefix(other.tokens.view(0, min(other.prompt_len, other.goal)), wanted)
+            common = common_prefix(other.tokens.view(0, min(other.prompt_len, other.goal)), wanted)
             if common - self._matched_len(sequence) >= self.cache.page_size:
                 return True
         return False
@@ -362,12 +362,3 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert sequence.lease is None
         self.cache.check_invariants(s.lease for s in self.running if s.lease is not None)
-
-
-def _common_prefix(left: IntArray, right: IntArray) -> int:
-    length = min(len(left), len(right))
-    if not length:
-        return 0
-    differ = left[:length] != right[:length]
-    first = int(differ.argmax())
-    return first if differ[first] else length

@@ -59,3 +59,13 @@ class IntVector:
             grown = np.empty(max(need, 2 * len(self._buffer), 16), dtype=np.int32)
             grown[: self._length] = self._buffer[: self._length]
             self._buffer = grown
+
+
+def common_prefix(left: IntArray, right: IntArray) -> int:
+    """Return the number of leading values that agree."""
+    length = min(len(left), len(right))
+    if not length:
+        return 0
+    differ = left[:length] != right[:length]
+    first = int(differ.argmax())
+    return first if differ[first] else length

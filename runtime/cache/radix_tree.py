@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bough.runtime.cache.page_allocator import PageAllocator
-from bough.runtime.vector import IntArray, IntVector
+from bough.runtime.vector import IntArray, IntVector, common_prefix
 
 _EMPTY: IntArray = np.empty(0, dtype=np.int32)
 
@@ -90,7 +90,7 @@ class RadixTree:
             child = node.children.get(int(tokens[position]))
             if child is None:
                 break
-            common = _common_prefix(child.tokens, tokens[position:])
+            common = common_prefix(child.tokens, tokens[position:])
             child.last_use = self.clock
             path.append(child)
             position += common
@@ -145,7 +145,7 @@ class RadixTree:
             if child is None:
                 self.version += 1
                 return self._append(node, tokens, row, locks_of_caller=1 if node is start else 0)
-            common = _common_prefix(child.tokens, tokens[position:])
+            common = common_prefix(child.tokens, tokens[position:])
             if common < len(child.tokens):
                 child = self._split(child, common)
             self._adopt(child, row)
@@ -273,11 +273,3 @@ class RadixTree:
     def _drop(self, pages: IntArray) -> int:
         self._held[pages] -= 1
         return len(self._allocator.release(pages))
-
-
-def _common_prefix(left: IntArray, right: IntArray) -> int:
-    """Return the number of leading tokens that agree."""
-    length = min(len(left), len(right))
-    differ = left[:length] != right[:length]
-    first = int(differ.argmax()) if length else 0
-    return first if length and differ[first] else length
