@@ -15,6 +15,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import chain
 
+import msgspec
+
 from bough.runtime.batch import Batch, PageCopy, Row, RowResult
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.lifecycle import Status
@@ -31,16 +33,14 @@ KEPT_STEPS = 16
 COLD_HEADROOM = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """A planned step: the batch for the runner, and which sequence each row belongs to."""
 
     batch: Batch
     sequences: tuple[Sequence, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What a step did for one sequence. `result.token` has already been appended to the sequence."""
 
     sequence: Sequence
@@ -325,9 +325,9 @@ class Scheduler:
         """Take in what a step computed: advance, append drawn tokens, publish. Returns one outcome per row."""
         self.retire()
         self.counters.steps += 1
+        outcomes: list[Outcome] = []
         for sequence, row, result in zip(step.sequences, step.batch.rows, results, strict=True):
-            assert sequence.lease is not None
-            assert sequence.status is Status.RUNNING
+            assert sequence.lease is not None, "a sequence that was planned has lost its pages"
             was_prefilling = sequence.is_prefilling
             sequence.num_computed += len(row.token_ids)
             if was_prefilling or sequence.num_computed % self.cache.page_size == 0:
@@ -335,7 +335,8 @@ class Scheduler:
             if result.token is not None:
                 sequence.append(result.token)
                 self.counters.generated_tokens += 1
-        return [Outcome(sequence, result) for sequence, result in zip(step.sequences, results, strict=True)]
+            outcomes.append(Outcome(sequence, result))
+        return outcomes
 
     def rebuild(self) -> None:
         """Start over with an empty cache; what ran is computed again. Tokens are the truth, so nothing is lost."""

@@ -6,12 +6,12 @@ Token ids only: there is no tokenizer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import transformers
@@ -165,8 +165,8 @@ def generate(runner: Runner, together: Sequence[Text], count: int, chunk: int | 
 
 def logits(runner: Runner, row: Row, *others: Row) -> torch.Tensor:
     """Run rows as one step; return (num_new, vocab_size) float32 logits after every new token of the first."""
-    probe = replace(row, sample=None, score_ids=row.token_ids, score_from=0)
-    rest = tuple(replace(other, score_ids=None) for other in others)
+    probe = msgspec.structs.replace(row, sample=None, score_ids=row.token_ids, score_from=0)
+    rest = tuple(msgspec.structs.replace(other, score_ids=None) for other in others)
     config = runner.config
     with torch.inference_mode():
         batch = Batch((probe, *rest))
