@@ -117,9 +117,9 @@ def test_tenants_with_keys_of_their_own_share_nothing_in_the_cache(address: str,
             state += bo.gen("new", max_tokens=2, temperature=0)
             return int(within(20, lambda: state.get_meta_info("new"))["cached_tokens"])
 
-    assert cached_tokens("friend") == 0
+    first = cached_tokens("friend")  # a few tokens perhaps, of this friend's own in another test
     assert cached_tokens("colleague") == 0
-    assert cached_tokens("friend") > 0
+    assert cached_tokens("friend") > first
 
 
 @pytest.mark.parametrize("who", ["stranger", "nobody"])
