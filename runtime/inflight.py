@@ -52,6 +52,7 @@ class InFlight:
         self._credit = credit
         self._clock = clock
         self._work: dict[Sequence, Work] = {}
+        self._failed_plans = 0  # in a row
 
     def __len__(self) -> int:
         return len(self._work)
@@ -78,9 +79,12 @@ class InFlight:
         """Run one step if there is work. Returns whether something ran, and what ended."""
         try:
             step = self._scheduler.plan()
-        except Exception:
+        except Exception as error:
             self._heal("a plan could not be made")
-            return True, []
+            # Once may be broken bookkeeping, which is mended now; twice running, it is the work itself.
+            self._failed_plans += 1
+            return True, self._lose(list(self._work), error) if self._failed_plans > 1 else []
+        self._failed_plans = 0
         ended = [self._stopped(self._work[s], self._exhausted(s)) for s in self._scheduler.take_exhausted()]
         if step is None:
             return False, ended

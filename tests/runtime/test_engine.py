@@ -717,3 +717,20 @@ def test_a_select_that_is_preempted_between_chunks_of_a_choice_scores_each_token
         client.run()
         scores.append(client.last(op, Selected).logprobs)
     assert scores[0] == scores[1]
+
+
+def test_a_plan_that_raises_every_time_ends_its_operations_rather_than_retry_for_ever(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.branch(1, Text("Some text."))
+    gen = client.generate(1, max_tokens=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(client.scheduler, "_admit", lambda *args: 1 / 0)
+        client.engine.step()
+        client.engine.step()
+    assert client.last(gen, Failed).kind == "internal"
+    assert client.engine.num_unfinished == 0
+    client.branch(2, Text("Some text."))
+    other = client.generate(2)
+    client.run()
+    client.last(other, Generated)
