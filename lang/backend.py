@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar, Token
 from typing import Final, Protocol, TypeAlias, runtime_checkable
@@ -28,6 +28,7 @@ from bough.runtime.protocol import (
     ChoiceMethod,
     Extended,
     FinishReason,
+    Grammar,
     Part,
     SamplingParams,
     Selected,
@@ -40,7 +41,11 @@ OnDelta: TypeAlias = Callable[[str], None]
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """The end of a `generate`: the text appended, its token ids, what ended it, what it cost."""
+    """The end of a `generate`: the text appended, its token ids, what ended it, what it cost.
+
+    is_whole: False if a grammar was given and the text only begins to match it. captures: what the grammar's captures
+    matched, by name; a list where one matched several times.
+    """
 
     text: str
     token_ids: Sequence[int]
@@ -49,6 +54,8 @@ class Generation(msgspec.Struct, frozen=True):
     length: int
     usage: Usage
     logprobs: Sequence[TokenLogprob] | None = None
+    is_whole: bool = True
+    captures: Mapping[str, str | list[str]] = {}
 
 
 @runtime_checkable
@@ -72,8 +79,10 @@ class Backend(Protocol):
         name: str | None = None,
         on_delta: OnDelta | None = None,
         timeout_s: float | None = None,
+        grammar: Grammar | None = None,
+        heal: bool = True,
     ) -> Future[Generation]:
-        """Sample tokens and append them."""
+        """Sample tokens and append them; `grammar` and `heal` as in `protocol.Generate`."""
 
     def select(
         self,

@@ -125,9 +125,12 @@ class RuntimeClient:
         name: str | None = None,
         on_delta: OnDelta | None = None,
         timeout_s: float | None = None,
+        grammar: protocol.Grammar | None = None,
+        heal: bool = True,
     ) -> Future[Generation]:
         """Sample tokens and append them."""
-        request = protocol.Generate(next(self._link.ops), branch, params, on_delta is not None, timeout_s)
+        op = next(self._link.ops)
+        request = protocol.Generate(op, branch, params, on_delta is not None, timeout_s, grammar, heal)
         return self._ask(request, protocol.Generated, _generation, on_delta)
 
     def select(
@@ -208,6 +211,8 @@ def _generation(reply: protocol.Generated, buffers: Sequence[protocol.Buffer]) -
         reply.length,
         reply.usage,
         reply.logprobs,
+        reply.is_whole,
+        reply.captures,
     )
 
 

@@ -13,7 +13,7 @@ from bough.backend import Branch, Generation, OnDelta
 from bough.client import RuntimeClient
 from bough.errors import InvalidRequest
 from bough.life import RuntimeLife
-from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected
+from bough.runtime.protocol import ChoiceMethod, Extended, Grammar, Part, SamplingParams, Selected
 
 if TYPE_CHECKING:
     from bough.recovery import RecoveringLink
@@ -156,9 +156,13 @@ class Runtime:
         name: str | None = None,
         on_delta: OnDelta | None = None,
         timeout_s: float | None = None,
+        grammar: Grammar | None = None,
+        heal: bool = True,
     ) -> Future[Generation]:
         """Sample tokens and append them."""
-        return self._client.generate(branch, params, name=name, on_delta=on_delta, timeout_s=timeout_s)
+        return self._client.generate(
+            branch, params, name=name, on_delta=on_delta, timeout_s=timeout_s, grammar=grammar, heal=heal
+        )
 
     def select(
         self,

@@ -171,7 +171,7 @@ class Ledger(Generic[W]):
         record.length = getattr(reply, "length", None)
         match request:
             case protocol.Generate():
-                parts: list[protocol.Part] = [protocol.Tokens(0)]
+                parts: list[protocol.Part] = [protocol.Tokens(0, reply.replaced)]
                 if reply.leftover:
                     parts.append(protocol.Text(reply.leftover))
                 record.request = protocol.Extend(0, request.branch, parts)

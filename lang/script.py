@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from bough.errors import BackendError
-from bough.runtime.protocol import FinishReason, SamplingParams
+from bough.runtime.protocol import FinishReason, Grammar, SamplingParams
 
 Reply: TypeAlias = "str | Callable[[str, Any], str]"
 Replies: TypeAlias = "Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[str, SamplingParams], str]"
@@ -83,3 +84,31 @@ def cut(reply: str, params: SamplingParams) -> tuple[str, FinishReason, str | No
         if len(words) > params.max_tokens:
             return "".join(words[: params.max_tokens]), "length", None
     return text, "stop", stop
+
+
+def check_reply(text: str, grammar: Grammar) -> None:
+    """Raise BackendError if a grammar excludes this reply, as far as that can be told without the runtime.
+
+    Choices exactly; a JSON schema by whether the text is JSON; a regular expression where Python knows it too.
+    """
+    grammar.check()
+    if _fits(text, grammar) is False:
+        raise BackendError(f"the script says {text!r}, which does not match the {grammar.kind} {grammar.source!r}")
+
+
+def _fits(text: str, grammar: Grammar) -> bool | None:
+    try:
+        match grammar.kind:
+            case "choices":
+                return text in json.loads(grammar.source)
+            case "json_schema":
+                json.loads(text)
+            case "regex":
+                return re.fullmatch(grammar.source, text) is not None
+            case "lark":
+                return None
+    except re.error:
+        return None
+    except ValueError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from bough.runtime.protocol import (
     TokenLogprob,
     Usage,
 )
-from bough.script import Choose, Replies, Script, cut, words_of
+from bough.script import Choose, Replies, Script, check_reply, cut, words_of
 
 T = TypeVar("T")
 
@@ -194,11 +194,19 @@ class ScriptedBackend:
         name: str | None = None,
         on_delta: OnDelta | None = None,
         timeout_s: float | None = None,
+        grammar: protocol.Grammar | None = None,
+        heal: bool = True,
     ) -> Future[Generation]:
-        """Append the next reply of the script, cut at stop strings and after `max_tokens` words."""
+        """Append the next reply of the script, cut at stop strings and after `max_tokens` words.
+
+        A reply that a grammar of choices, JSON or a plain regular expression excludes is an error of the script.
+        """
 
         def work(target: _Branch) -> Generation:
-            text, reason, stop = cut(self._script.reply(name, target.whole, params), params)
+            said = self._script.reply(name, target.whole, params)
+            if grammar is not None:
+                check_reply(said, grammar)
+            text, reason, stop = cut(said, params)
             words = text.split() if params.logprobs is None and on_delta is None else words_of(text)
             if on_delta is not None:
                 for start in range(0, len(words), self._chunk_words):
@@ -210,7 +218,8 @@ class ScriptedBackend:
             logprobs = None
             if params.logprobs is not None:
                 logprobs = [TokenLogprob(0.0, i, w, [(0.0, i, w)]) for i, w in zip(ids, words, strict=True)]
-            return Generation(text, ids, reason, stop, target.length, usage, logprobs)
+            is_whole = grammar is None or text == said
+            return Generation(text, ids, reason, stop, target.length, usage, logprobs, is_whole)
 
         return self._submit(branch, work)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from bough.runtime.lifecycle import Life, moved
 from bough.runtime.protocol import ErrorKind
@@ -23,6 +23,9 @@ class Roles:
     is_open: bool = False
 
 
+Healed: TypeAlias = "tuple[int, list[int], Healed | None]"
+
+
 @dataclass(frozen=True, slots=True)
 class Poison:
     """Why nothing that depends on a branch can be carried out: the operation that failed, and how."""
@@ -37,6 +40,8 @@ class Branch:
 
     marks: (token length, roles) wherever the roles changed, so that a rollback restores them.
     path: position in the tree of branches, (root id, child index, child index ...): the key of derived seeds.
+    healed: (length, ids that came next, the one before) where tokens gave way to others that begin with their text, so
+    that a rollback to before brings them back.
     A branch is unborn, without log and tail, while the fork that makes it still waits for its parent.
     """
 
@@ -47,6 +52,7 @@ class Branch:
         "_life",
         "children",
         "current",
+        "healed",
         "id",
         "log",
         "marks",
@@ -65,6 +71,7 @@ class Branch:
         self.path = path
         self.roles = Roles()
         self.marks: tuple[tuple[int, Roles], ...] = ()
+        self.healed: Healed | None = None
         self.num_draws = 0
         self.num_forked = 0
         self._life = Life.UNBORN
@@ -96,6 +103,7 @@ class Branch:
         self.tail = parent.tail.copy()
         self.roles = parent.roles
         self.marks = parent.marks
+        self.healed = parent.healed
         self.poison = parent.poison
         self._life = moved(self._life, Life.LIVE)
 
@@ -103,11 +111,30 @@ class Branch:
         self.roles = roles
         self.marks = (*self.marks, (len(self.log), roles))
 
+    def take_back(self, count: int) -> None:
+        """Take the last `count` tokens off, which give way to others with their text."""
+        length = len(self.log) - count
+        self.healed = (length, self.log.array()[length:].tolist(), self.healed)
+        self.log.truncate(length)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a rollback can ask for: those of now, or of before some gave way to others."""
+        longest, healed = len(self.log), self.healed
+        while healed is not None:
+            kept, taken, healed = healed
+            longest = max(longest, kept + len(taken))
+        return longest
+
     def rollback(self, length: int, tail: TextTail) -> None:
-        """Keep the first `length` tokens, and the roles as they were there; `tail` is the empty tail that follows.
+        """Keep the first `length` tokens as they were then, and the roles; `tail` is the empty tail that follows.
 
         Heals a branch that failed after that point.
         """
+        while self.healed is not None and length <= self.healed[0] + len(self.healed[1]):
+            kept, taken, self.healed = self.healed
+            self.log.truncate(kept)
+            self.log.extend(taken)
         self.log.truncate(length)
         self.tail = tail
         self.marks = tuple(mark for mark in self.marks if mark[0] <= length)

@@ -68,10 +68,11 @@ class Composer:
             case Text(text):
                 self._prompter.append_text(branch.log, branch.tail, text)
                 return None
-            case Tokens(buffer):
+            case Tokens(buffer, replaces):
                 token_ids = decode_tokens(buffers, buffer)
                 self._check_vocabulary(token_ids)
                 branch.log.extend(branch.tail.flush())
+                self._take_back(branch, replaces, token_ids)
                 branch.log.extend(token_ids)
                 branch.tail.follow_tokens()
                 return None
@@ -92,6 +93,21 @@ class Composer:
         branch.set_roles(roles)
         return text
 
+    def _take_back(self, branch: Branch, count: int, token_ids: Items[int]) -> None:
+        """Take the last `count` tokens off the branch, whose text the tokens that come instead have to begin with."""
+        if not count:
+            return
+        if not 0 <= count < len(branch.log):
+            raise RequestError(
+                "invalid_request", f"replaces must be at least 0 and below {len(branch.log)}, got {count}"
+            )
+        kept = len(branch.log) - count
+        tokenizer = self._prompter.tokenizer
+        taken = tokenizer.decode_bytes(branch.log.array()[kept:].tolist(), at_start=False)
+        if not tokenizer.decode_bytes(token_ids, at_start=False).startswith(taken):
+            raise RequestError("invalid_request", f"the token ids do not begin with the text {taken!r} they replace")
+        branch.take_back(count)
+
     def _check_vocabulary(self, token_ids: Items[int]) -> None:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._vocab_size):
             worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
@@ -111,9 +127,9 @@ class Composer:
 
     def rollback(self, branch: Branch, request: Rollback) -> None:
         """Cut the branch back to the length asked for."""
-        if not 0 <= request.length <= len(branch.log):
+        if not 0 <= request.length <= branch.longest:
             raise RequestError(
-                "invalid_request", f"length must be between 0 and {len(branch.log)}, got {request.length}"
+                "invalid_request", f"length must be between 0 and {branch.longest}, got {request.length}"
             )
         branch.rollback(request.length, self._prompter.tail(at_start=request.length == 0))
 
@@ -121,6 +137,8 @@ class Composer:
         """Return the work of a generate on this branch, all of whose text becomes tokens now."""
         params = request.params
         params.check()
+        if request.grammar is not None:
+            raise RequestError("invalid_request", "grammar is not supported by this runtime", field="grammar")
         self._check_vocabulary([*params.stop_token_ids, *params.logit_bias])
         branch.log.extend(branch.tail.flush())
         tokens = branch.log.array()

@@ -55,6 +55,7 @@ MAX_CHOICES: Final = 65_536
 MAX_STOPS: Final = 64
 MAX_LOGIT_BIAS: Final = 4096
 MAX_TOP_LOGPROBS: Final = 64
+MAX_GRAMMAR_CHARS: Final = 262_144
 MAX_ID: Final = (1 << 63) - 1
 MAX_TOKEN_ID: Final = (1 << 31) - 1
 
@@ -75,6 +76,8 @@ ErrorKind = Literal[
 ]
 
 FinishReason = Literal["stop", "length", "context"]
+
+GrammarKind = Literal["regex", "json_schema", "lark", "choices"]
 
 ChoiceMethod = Literal["token_length_normalized", "greedy_token_selection", "unconditional_likelihood_normalized"]
 CHOICE_METHODS: Final[tuple[str, ...]] = get_args(ChoiceMethod)
@@ -179,6 +182,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise _invalid("logprobs", f"at most {MAX_TOP_LOGPROBS}", self.logprobs)
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What the text of a `generate` must match, from its first character to its last.
+
+    kind and source: "regex": a regular expression (Rust's `regex-syntax`, no look-around, no back-references);
+    "json_schema": a JSON Schema as JSON text; "lark": a grammar in llguidance's Lark dialect, whose rules may be marked
+    `rule[capture]` or `rule[capture="name"]`; "choices": a JSON array of strings, of which the text is one.
+    source has at most MAX_GRAMMAR_CHARS characters.
+    on_limit: what happens when `max_tokens` nears before the text is whole. "truncate": it ends there, marked not whole
+    (`Generated.is_whole`); "close": it is closed by a short accepting path that still fits.
+    jump_forward: tokens that the grammar forces are computed together; without, one by one. The tokens are the same.
+    """
+
+    kind: GrammarKind
+    source: str
+    on_limit: Literal["truncate", "close"] = "truncate"
+    jump_forward: bool = True
+
+    def check(self) -> None:
+        """Raise `RequestError("invalid_request")` if the source is empty or too long."""
+        if not 1 <= len(self.source) <= MAX_GRAMMAR_CHARS:
+            size = f"{len(self.source)} characters"
+            raise _invalid("grammar", f"1 to {MAX_GRAMMAR_CHARS} characters of {self.kind}", size)
+
+
 def _invalid(field: str, limit: str, value: object) -> RequestError:
     return RequestError(
         "invalid_request", f"{field} must be {limit}, got {value!r}", field=field, limit=limit, value=repr(value)
@@ -219,9 +246,13 @@ class RoleEnd(_Message, frozen=True, tag="role_end"):
 
 
 class Tokens(_Message, frozen=True, tag="tokens"):
-    """Token ids to append: the index of a raw int32 buffer of the same ZeroMQ message."""
+    """Token ids to append: the index of a raw int32 buffer of the same ZeroMQ message.
+
+    They take the place of the last `replaces` tokens before them, with the text that begins theirs (token healing).
+    """
 
     buffer: int
+    replaces: int = 0
 
 
 Part: TypeAlias = Text | RoleBegin | RoleEnd | Tokens
@@ -253,13 +284,20 @@ class Fork(_Message, frozen=True, tag="fork"):
 
 
 class Generate(_Message, frozen=True, tag="generate"):
-    """`stream=True` sends deltas; `timeout_s` is a deadline from arrival, after which the operation fails typed."""
+    """`stream=True` sends deltas; `timeout_s` is a deadline from arrival, after which the operation fails typed.
+
+    grammar: what the text must match. heal: text that ends inside a token is continued as if it were one with what is
+    drawn: its last tokens are drawn again where the vocabulary has longer ones that begin with their text (token
+    healing). Never a role's text, given token ids, or tokens that were drawn before.
+    """
 
     op: int
     branch: int
     params: SamplingParams
     stream: bool = False
     timeout_s: float | None = None
+    grammar: Grammar | None = None
+    heal: bool = False
 
 
 class Select(_Message, frozen=True, tag="select"):
@@ -279,7 +317,10 @@ class Score(_Message, frozen=True, tag="score"):
 
 
 class Rollback(_Message, frozen=True, tag="rollback"):
-    """Keep the first `length` tokens of the branch; text not yet tokenised is dropped."""
+    """Keep the first `length` tokens of the branch, as they were when it had that many.
+
+    Text not yet tokenised is dropped. Tokens that gave way to others (token healing) come back.
+    """
 
     op: int
     branch: int
@@ -347,14 +388,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """What one operation cost. prompt_tokens = cached_tokens + computed_tokens.
 
     cached_tokens were already in the radix cache; computed_tokens had their KV computed for this operation;
-    completion_tokens were sampled. Times in milliseconds since the operation arrived: queue_ms until it was first
-    scheduled, ttft_ms until its first token, latency_ms until its end.
+    completion_tokens were sampled, or forced by a grammar: forced_tokens of them. Times in milliseconds
+    since the operation arrived: queue_ms until it was first scheduled, ttft_ms until its first token, latency_ms until
+    its end.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
     completion_tokens: int = 0
+    forced_tokens: int = 0
     queue_ms: float = 0.0
     ttft_ms: float = 0.0
     latency_ms: float = 0.0
@@ -421,7 +464,11 @@ class Generated(_Message, frozen=True, tag="generated"):
     """The end of a `generate`: the whole text, and what ended it (`matched_stop`, if `finish_reason` is stop).
 
     `leftover` is the end of the text that is in no token of the buffer, where a stop string cut a token in two: the
-    branch tokenises it with what is appended next.
+    branch tokenises it with what is appended next. `replaced` tokens at the end of the branch gave way to the first of
+    the buffer, which begin with their text (token healing); `text` is what is new.
+
+    is_whole: False if a grammar was given and the text only begins to match it. captures: by name, the text that the
+    grammar's captures matched, a list of texts where one matched several times.
     """
 
     op: int
@@ -433,6 +480,9 @@ class Generated(_Message, frozen=True, tag="generated"):
     matched_stop: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
     leftover: str = ""
+    replaced: int = 0
+    is_whole: bool = True
+    captures: dict[str, str | list[str]] = {}
 
 
 class Selected(_Message, frozen=True, tag="selected"):

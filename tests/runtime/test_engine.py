@@ -223,6 +223,30 @@ def test_token_ids_outside_the_vocabulary_never_reach_the_model(client: Client) 
     assert "token ids must be between 0 and" in client.last(bad, Failed).message
 
 
+def test_token_ids_can_take_the_place_of_the_last_ones_with_the_same_text(client: Client) -> None:
+    client.branch(1, Text("Once upon a t"))
+    client.send(Extend, branch=1, parts=[], commit=True)
+    before = client.session.branches[1].log.array().tolist()
+    there = TOKENIZER.encode(TOKENIZER.decode(before[-1:]) + "ime", at_start=False)
+    client.send(Extend, branch=1, parts=[Tokens(0, replaces=1)], buffers=[encode_tokens(there)])
+    assert client.session.branches[1].log.array().tolist() == [*before[:-1], *there]
+    assert client.text_of(1) == "Once upon a time"
+    client.send(Fork, branch=1, children=[2])
+    client.send(Rollback, branch=1, length=len(before))
+    assert client.session.branches[1].log.array().tolist() == before, "as it was when it had that many"
+    client.send(Rollback, branch=2, length=len(before) - 1)
+    assert client.session.branches[2].log.array().tolist() == before[:-1]
+    for replaces, message in (
+        (1, "do not begin with the text"),
+        (len(before) + 9, "replaces must be"),
+        (-1, "replaces"),
+    ):
+        client.branch(replaces + 50, Text("Once upon a t"))
+        part = Tokens(0, replaces=replaces)
+        bad = client.send(Extend, branch=replaces + 50, parts=[part], buffers=[encode_tokens(TOKENIZER.encode("z"))])
+        assert message in client.last(bad, Failed).message
+
+
 def test_a_stop_string_is_cut_out_and_the_branch_holds_exactly_the_text(client: Client) -> None:
     client.branch(1, Text("Start:"))
     gen = client.generate(1, max_tokens=30)
