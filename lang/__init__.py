@@ -16,8 +16,9 @@ The map of this folder: a *program* (program.py, batch.py) runs with a *state* (
 streaming.py are its parts) and appends *expressions* (expressions.py, sampling.py). The state's *interpreter*
 (interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py): the runtime
 reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one; recovery.py and
-record.py start another when it dies) or a script (scripted.py, script.py). errors.py is the tree of what can go wrong.
-cli.py is the `bough` command.
+record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects, reasoning.py
+parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. errors.py is the tree of what can
+go wrong. cli.py is the `bough` command.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from bough import errors
 from bough.backend import Backend, Generation, chosen, set_default_backend
+from bough.choices import (
+    ChoicesDecision,
+    ChoicesSamplingMethod,
+    greedy_token_selection,
+    token_length_normalized,
+    unconditional_likelihood_normalized,
+)
 from bough.errors import (
     BackendError,
     BoughError,
@@ -47,7 +55,6 @@ from bough.expressions import (
     assistant_begin,
     assistant_end,
     gen,
-    greedy_token_selection,
     role,
     role_begin,
     role_end,
@@ -55,19 +62,20 @@ from bough.expressions import (
     system,
     system_begin,
     system_end,
-    token_length_normalized,
-    unconditional_likelihood_normalized,
     user,
     user_begin,
     user_end,
 )
 from bough.group import Group
 from bough.program import Program, function
+from bough.reasoning import ReasoningFormat, separate_reasoning
 from bough.scripted import ScriptedBackend
+from bough.spellings import NOT_HERE, gen_int, gen_string, image, video
 from bough.state import State
 
 if TYPE_CHECKING:
     from bough.client import RuntimeClient
+    from bough.endpoint import RuntimeEndpoint
     from bough.launch import Runtime
 
 __version__ = "0.1.0"
@@ -93,7 +101,12 @@ def __getattr__(name: str) -> Any:
         from bough.launch import Runtime
 
         return Runtime
-    raise AttributeError(f"module 'bough' has no attribute {name!r}")
+    if name == "RuntimeEndpoint":
+        from bough.endpoint import RuntimeEndpoint
+
+        return RuntimeEndpoint
+    hint = f": {NOT_HERE[name]}" if name in NOT_HERE else ""
+    raise AttributeError(f"module 'bough' has no attribute {name!r}{hint}")
 
 
 __all__ = [
@@ -101,6 +114,8 @@ __all__ = [
     "BackendError",
     "BoughError",
     "Cancelled",
+    "ChoicesDecision",
+    "ChoicesSamplingMethod",
     "ContextOverflow",
     "Expression",
     "Generation",
@@ -110,9 +125,11 @@ __all__ = [
     "Program",
     "ProgramError",
     "ProtocolMismatch",
+    "ReasoningFormat",
     "ResourceExhausted",
     "Runtime",
     "RuntimeClient",
+    "RuntimeEndpoint",
     "RuntimeLost",
     "ScriptedBackend",
     "State",
@@ -126,12 +143,16 @@ __all__ = [
     "flush_cache",
     "function",
     "gen",
+    "gen_int",
+    "gen_string",
     "get_server_info",
     "greedy_token_selection",
+    "image",
     "role",
     "role_begin",
     "role_end",
     "select",
+    "separate_reasoning",
     "set_default_backend",
     "system",
     "system_begin",
@@ -141,4 +162,5 @@ __all__ = [
     "user",
     "user_begin",
     "user_end",
+    "video",
 ]

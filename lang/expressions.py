@@ -9,20 +9,16 @@ An expression is a value: it can be kept, combined with `+`, and appended to any
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
+from bough.choices import ChoicesSamplingMethod, literal, token_length_normalized
 from bough.errors import InvalidRequest
 from bough.runtime.protocol import CHOICE_METHODS, MAX_CHOICES, ChoiceMethod
 from bough.sampling import count, refuse_unsupported, sampling_overrides, seconds
 
-token_length_normalized: Final = "token_length_normalized"
-"""The choice with the highest mean log-probability per token."""
-greedy_token_selection: Final = "greedy_token_selection"
-"""The choice that greedy decoding, restricted to the choices, would take; token by token."""
-unconditional_likelihood_normalized: Final = "unconditional_likelihood_normalized"
-"""The choice that the prompt makes likelier most, against its likelihood without any prompt (per token)."""
+ChoicesMethod: TypeAlias = "ChoiceMethod | ChoicesSamplingMethod"
 
 
 class Expression:
@@ -57,7 +53,7 @@ class Select(Expression):
 
     name: str | None
     choices: tuple[str, ...]
-    method: ChoiceMethod
+    method: ChoicesMethod
     timeout_s: float | None
 
 
@@ -76,6 +72,16 @@ class RoleEnd(Expression):
 
 
 @dataclass(frozen=True, slots=True)
+class SeparateReasoning(Expression):
+    """Parts the variables before it into reasoning and answer; made by `separate_reasoning`. Writes nothing."""
+
+    names: tuple[str, ...]
+    suffix: str
+    reasoning: Callable[[str], str]
+    answer: Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
 class Concat(Expression):
     """Pieces after each other."""
 
@@ -89,7 +95,7 @@ class Concat(Expression):
         return iter(self.items)
 
 
-Piece: TypeAlias = str | Gen | Select | RoleBegin | RoleEnd
+Piece: TypeAlias = str | Gen | Select | RoleBegin | RoleEnd | SeparateReasoning
 
 
 def pieces_of(value: object) -> tuple[Piece, ...]:
@@ -120,9 +126,11 @@ def gen(
     seed: int | None = None,
     ignore_eos: bool | None = None,
     return_logprob: bool | None = None,
+    logprob_start_len: int | None = None,
     top_logprobs_num: int | None = None,
+    return_text_in_logprobs: bool | None = None,
     choices: Sequence[str] | None = None,
-    choices_method: ChoiceMethod | None = None,
+    choices_method: ChoicesMethod | None = None,
     timeout: float | None = None,
     **unsupported: object,
 ) -> Gen | Select:
@@ -153,7 +161,9 @@ def gen(
         "seed": seed,
         "ignore_eos": ignore_eos,
         "return_logprob": return_logprob,
+        "logprob_start_len": logprob_start_len,
         "top_logprobs_num": top_logprobs_num,
+        "return_text_in_logprobs": return_text_in_logprobs,
     }
     if choices is not None:
         return _gen_as_select(name, choices, choices_method, timeout, {**given, "n": n})
@@ -165,7 +175,7 @@ def gen(
 def _gen_as_select(
     name: str | None,
     choices: Sequence[str],
-    method: ChoiceMethod | None,
+    method: ChoicesMethod | None,
     timeout: float | None,
     given: Mapping[str, object],
 ) -> Select:
@@ -186,10 +196,13 @@ def select(
     name: str | None = None,
     choices: Sequence[str] | None = None,
     temperature: float = 0.0,
-    choices_method: ChoiceMethod = token_length_normalized,
+    choices_method: ChoicesMethod = token_length_normalized,
     timeout: float | None = None,
 ) -> Select:
     """Let the model choose one of some texts, and call the choice `name`.
+
+    choices_method: `token_length_normalized`, `greedy_token_selection`, `unconditional_likelihood_normalized`, or a
+    `ChoicesSamplingMethod` of your own.
 
     Raises InvalidRequest for empty, duplicate or non-text choices, and for a temperature other than 0.
     """
@@ -197,11 +210,19 @@ def select(
         raise InvalidRequest(
             f"select takes the best choice, temperature must be 0, got {temperature!r}", field="temperature"
         )
-    if choices_method not in CHOICE_METHODS:
-        raise InvalidRequest(
-            f"choices_method must be one of {', '.join(CHOICE_METHODS)}, got {choices_method!r}", field="choices_method"
-        )
-    return Select(_variable(name), _checked_choices(choices), choices_method, seconds("timeout", timeout))
+    return Select(_variable(name), _checked_choices(choices), _method(choices_method), seconds("timeout", timeout))
+
+
+def _method(given: object) -> ChoicesMethod:
+    """Return a named method as its name, another as it is."""
+    if isinstance(given, str) and given in CHOICE_METHODS:
+        return literal(given)
+    if isinstance(given, ChoicesSamplingMethod):
+        return given
+    raise InvalidRequest(
+        f"choices_method must be one of {', '.join(CHOICE_METHODS)}, or a ChoicesSamplingMethod, got {given!r}",
+        field="choices_method",
+    )
 
 
 def _checked_choices(choices: object) -> tuple[str, ...]:

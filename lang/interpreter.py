@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 
 from bough.backend import Backend, Branch, OnDelta
+from bough.choices import ChoicesSamplingMethod
 from bough.errors import BoughError, Cancelled, InvalidRequest
-from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select
-from bough.pieces import Call, GenCall, Item, Mark, SelectCall, Strand, Trunk, all_items, error_of
+from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning
+from bough.pieces import Call, DecidedCall, GenCall, Item, Mark, SelectCall, Strand, Trunk, all_items, error_of
 from bough.runtime import protocol
 from bough.sampling import Sampling
 from bough.streaming import Feed
@@ -62,6 +63,7 @@ class Interpreter:
         "_num_gens",
         "_path",
         "_sent",
+        "_undecided",
         "backend",
         "feed",
         "lease",
@@ -84,6 +86,7 @@ class Interpreter:
         self._sent = 0  # [0, sent) of the strand is with the backend   [sent, ...) waits for something to need it
         self._last_extend: Future[protocol.Extended] | None = None
         self._ancestors: list[tuple[Branch, Sequence[Future[Any]]]] = []  # left behind by gens with n > 1
+        self._undecided: DecidedCall | None = None  # not sent yet, it waits for its scores
         self._closed: BoughError | None = None
         self._path = self._num_gens = self._num_forks = 0  # the place in the program, for seeds
 
@@ -91,6 +94,7 @@ class Interpreter:
 
     def append(self, pieces: Sequence[Piece]) -> list[Call]:
         """Append pieces; return the calls among them. Raises InvalidRequest before anything is appended."""
+        self._await_decision()
         with self.lock:
             self._check_open()
             self._check(pieces)
@@ -122,6 +126,8 @@ class Interpreter:
             return self._generate(piece)
         if isinstance(piece, Select):
             return self._select(piece)
+        if isinstance(piece, SeparateReasoning):  # about variables, which are the state's
+            return None
         self.role = piece.role if isinstance(piece, RoleBegin) else None
         self.strand.items.append(Mark(self.role))
         return None
@@ -186,10 +192,26 @@ class Interpreter:
     def _select(self, select: Select) -> Call:
         self.flush()
         timeout_s = select.timeout_s or self.sampling.timeout_s
+        if not isinstance(select.method, str):
+            return self._decide(select, select.method, timeout_s)
         reply = self.backend.select(
             self._branch(), select.choices, select.method, name=select.name, timeout_s=timeout_s
         )
         return self._called(SelectCall(select.name, select.choices, reply))
+
+    def _decide(self, select: Select, method: ChoicesSamplingMethod, timeout_s: float | None) -> Call:
+        """Score the choices for a method of the program; its decision is sent as text when something follows it."""
+        scoring: protocol.ChoiceMethod = (
+            "unconditional_likelihood_normalized"
+            if method.requires_unconditional_logprobs
+            else "token_length_normalized"
+        )
+        reply = self.backend.score(self._branch(), select.choices, scoring, name=select.name, timeout_s=timeout_s)
+        call = DecidedCall(select.name, select.choices, reply, method)
+        self.strand.items.append(call)
+        self._undecided = call
+        self._notify_when_done(reply)
+        return call
 
     def _called(self, call: Call) -> Call:
         self.strand.items.append(call)
@@ -209,6 +231,7 @@ class Interpreter:
 
     def flush(self) -> None:
         """Send the text and roles that were collected, neighbouring text as one."""
+        self._await_decision()
         with self.lock:
             items = self.strand.items
             if self._sent == len(items) or self._closed is not None:
@@ -221,7 +244,14 @@ class Interpreter:
                 mark.sent(reply, index)
             self._last_extend = reply
             self._sent = len(items)
+            self._undecided = None
         self._notify_when_done(reply)
+
+    def _await_decision(self) -> None:
+        """Wait for a choice that the program takes itself, before the lock is taken: a cancel must get through."""
+        undecided = self._undecided
+        if undecided is not None:
+            undecided.reply.exception()
 
     # ------------------------------------------------------------------------------------------ read
 
@@ -323,8 +353,9 @@ def _parts_of(items: Sequence[Item]) -> tuple[list[protocol.Part], list[Mark]]:
     marks: list[Mark] = []
     text: list[str] = []
     for item in items:
-        if isinstance(item, str):
-            text.append(item)
+        if isinstance(item, (str, DecidedCall)):
+            if isinstance(item, str) or item.reply.exception() is None:  # else the branch is poisoned already
+                text.append(item if isinstance(item, str) else item.text())
             continue
         assert isinstance(item, Mark), "gens and selects are sent when they are appended"
         if text:

@@ -14,6 +14,7 @@ from bough.client import RuntimeClient
 from bough.errors import InvalidRequest
 from bough.life import RuntimeLife
 from bough.runtime.protocol import ChoiceMethod, Extended, Grammar, Part, SamplingParams, Selected
+from bough.spellings import runtime_arguments
 
 if TYPE_CHECKING:
     from bough.recovery import RecoveringLink
@@ -37,6 +38,9 @@ class Runtime:
     and do not notice. Their texts are those of an undisturbed run for sure only with exact=True, without it nearly
     always; a stream whose text comes out different is ended with RuntimeLost. After three restarts within a minute, or
     if a restart fails, everything raises RuntimeLost as it does without. `address` and `pid` change with each restart.
+
+    server_args: SGLang's words for the same: random_seed, max_running_requests, chunked_prefill_size, launch_timeout,
+    disable_radix_cache; its other arguments raise InvalidRequest, unless they say what is so anyway (tp_size=1).
 
     The process ends with `shutdown`, with the `with` block, with this object, or with this process, whatever ends it.
 
@@ -62,7 +66,13 @@ class Runtime:
         restart: bool = False,
         log_level: str = "warning",
         start_timeout: float = 120.0,
+        **server_args: Any,
     ) -> None:
+        if server_args:
+            named = runtime_arguments(server_args)
+            seed, radix_cache = named.get("seed", seed), named.get("radix_cache", radix_cache)
+            max_running, token_budget = named.get("max_running", max_running), named.get("token_budget", token_budget)
+            start_timeout = named.get("start_timeout", start_timeout)
         if model_path is not None:
             if model != "pocket":
                 raise InvalidRequest("model_path is another name of model: give one of them")
@@ -132,6 +142,11 @@ class Runtime:
     @property
     def client(self) -> RuntimeClient:
         """The connection to the runtime."""
+        return self._client
+
+    @property
+    def endpoint(self) -> RuntimeClient:
+        """The connection to the runtime, by SGLang's name."""
         return self._client
 
     # ------------------------------------------------------------------------------------------ backend

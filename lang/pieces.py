@@ -6,12 +6,14 @@ fork, so that forking copies no text: the pieces of a branch are those of its tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
 from bough.backend import Generation
-from bough.errors import BoughError, Cancelled, of
+from bough.choices import ChoicesDecision, ChoicesSamplingMethod, mean
+from bough.errors import BoughError, Cancelled, ProgramError, of
 from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
 
 T = TypeVar("T")
@@ -99,9 +101,13 @@ class SelectCall:
         """Return what has to be done before this can be read."""
         return (self.reply,)
 
+    def index(self) -> int:
+        """Wait for the choice's index."""
+        return result_of(self.reply).index
+
     def text(self) -> str:
         """Wait for the choice, which is also the text that was appended."""
-        return self.choices[result_of(self.reply).index]
+        return self.choices[self.index()]
 
     def value(self) -> str:
         """Wait for the choice."""
@@ -110,15 +116,97 @@ class SelectCall:
     def meta(self) -> dict[str, Any]:
         """Wait for the scores of all choices and what the call cost."""
         selected = result_of(self.reply)
+        rows = [_triples(tokens) for tokens in selected.logprobs]
         return {
             **_usage(selected.usage),
             "index": selected.index,
             "choice": self.choices[selected.index],
             "scores": selected.scores,
             "distribution": selected.distribution,
-            "choice_token_logprobs": [_triples(tokens) for tokens in selected.logprobs],
+            "choice_token_logprobs": rows,
             "unconditional_token_logprobs": selected.unconditional,
+            # SGLang's words for the same
+            "normalized_prompt_logprobs": [mean([logprob for logprob, _, _ in row]) for row in rows],
+            "input_token_logprobs": rows,
         }
+
+
+class DecidedCall(SelectCall):
+    """A `select` whose choice a method of the program takes, once the backend has scored the choices.
+
+    Its text is not on the branch when it is made: it is sent with what is appended next.
+    """
+
+    __slots__ = ("_decision", "_lock", "_method")
+
+    def __init__(
+        self, name: str | None, choices: Sequence[str], reply: Future[Selected], method: ChoicesSamplingMethod
+    ) -> None:
+        super().__init__(name, choices, reply)
+        self._method = method
+        self._lock = threading.Lock()
+        self._decision: ChoicesDecision | BoughError | None = None
+
+    def index(self) -> int:
+        """Wait for the choice's index. Raises ProgramError if the method raised, or chose what was not offered."""
+        return self.choices.index(self._decided().decision)
+
+    def meta(self) -> dict[str, Any]:
+        """Wait for the scores, and add what the method said."""
+        decided = self._decided()
+        meta = {**super().meta(), "index": self.index(), "choice": decided.decision}
+        return {**meta, **(decided.meta_info or {})}
+
+    def _decided(self) -> ChoicesDecision:
+        selected = result_of(self.reply)
+        with self._lock:  # two readers: the method is asked once
+            if self._decision is None:
+                self._decision = self._decide(selected)
+        if isinstance(self._decision, BoughError):
+            raise self._decision.again()
+        return self._decision
+
+    def _decide(self, selected: Selected) -> ChoicesDecision | BoughError:
+        rows = [_triples(tokens) for tokens in selected.logprobs]
+        alone = selected.unconditional
+        try:
+            decision = self._method(
+                choices=list(self.choices),
+                normalized_prompt_logprobs=[mean([logprob for logprob, _, _ in row]) for row in rows],
+                input_token_logprobs=rows,
+                output_token_logprobs=[[] for _ in rows],
+                unconditional_token_logprobs=None if alone is None else _with_logprobs(rows, alone),
+            )
+        except Exception as raised:
+            error = ProgramError(f"the choices_method raised {type(raised).__name__}: {raised}")
+            error.__cause__ = raised
+            return error
+        if decision.decision not in self.choices:
+            return ProgramError(f"the choices_method chose {decision.decision!r}, not one of {list(self.choices)}")
+        return decision
+
+
+class Derived:
+    """A variable computed from the text of a call when it is read."""
+
+    __slots__ = ("_call", "_make")
+
+    def __init__(self, call: Call, make: Callable[[str], str]) -> None:
+        self._call = call
+        self._make = make
+
+    def futures(self) -> Sequence[Future[Any]]:
+        """Return what has to be done before this can be read."""
+        return self._call.futures()
+
+    def value(self) -> Any:
+        """Wait for the call, and compute; a list for n > 1."""
+        value = self._call.value()
+        return [self._make(text) for text in value] if isinstance(value, list) else self._make(value)
+
+    def meta(self) -> Any:
+        """Return the call's meta information."""
+        return self._call.meta()
 
 
 class Gathered:
@@ -139,7 +227,9 @@ class Gathered:
 
     def meta(self) -> list[Any]:
         """Return each branch's meta information, None where there is none."""
-        return [cell.meta() if isinstance(cell, (GenCall, SelectCall, Gathered)) else None for cell in self.cells]
+        return [
+            cell.meta() if isinstance(cell, (GenCall, SelectCall, Derived, Gathered)) else None for cell in self.cells
+        ]
 
 
 class Span:
@@ -161,7 +251,7 @@ class Span:
 
 Call: TypeAlias = GenCall | SelectCall
 Item: TypeAlias = str | Mark | GenCall | SelectCall
-LAZY = (GenCall, SelectCall, Gathered, Span)
+LAZY = (GenCall, SelectCall, Derived, Gathered, Span)
 
 
 def read(value: object) -> Any:
@@ -252,3 +342,12 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 def _triples(tokens: Sequence[TokenLogprob]) -> list[tuple[float, int, str]]:
     return [(token.logprob, token.token_id, token.text) for token in tokens]
+
+
+def _with_logprobs(
+    rows: Sequence[Sequence[tuple[float, int, str]]], logprobs: Sequence[Sequence[float]]
+) -> list[list[tuple[float, int, str]]]:
+    return [
+        [(logprob, token_id, text) for logprob, (_, token_id, text) in zip(alone, row, strict=True)]
+        for alone, row in zip(logprobs, rows, strict=True)
+    ]

@@ -11,7 +11,7 @@ from typing import Any, Final, overload
 
 from bough.backend import Backend, chosen, default_backend
 from bough.errors import InvalidRequest
-from bough.sampling import SAMPLING_NAMES, Sampling, sampling_from
+from bough.sampling import SAMPLING_NAMES, Sampling, count, sampling_from
 from bough.state import State
 from bough.streaming import Run
 
@@ -173,7 +173,16 @@ class Program:
 @overload
 def function(func: Callable[..., Any]) -> Program: ...
 @overload
-def function(func: None = None) -> Callable[[Callable[..., Any]], Program]: ...
-def function(func: Callable[..., Any] | None = None) -> Program | Callable[[Callable[..., Any]], Program]:
-    """Make a program of a function whose first parameter, of any name, is the state. Bare or called."""
+def function(
+    func: None = None, *, num_api_spec_tokens: int | None = None
+) -> Callable[[Callable[..., Any]], Program]: ...
+def function(
+    func: Callable[..., Any] | None = None, *, num_api_spec_tokens: int | None = None
+) -> Program | Callable[[Callable[..., Any]], Program]:
+    """Make a program of a function whose first parameter, of any name, is the state. Bare or called.
+
+    num_api_spec_tokens: SGLang's hint to ask a paid API for more text than one gen needs; it never changes a result,
+    and here it changes nothing at all.
+    """
+    count("num_api_spec_tokens", num_api_spec_tokens)
     return Program if func is None else Program(func)

@@ -13,13 +13,21 @@ from bough.errors import InvalidRequest, from_request
 from bough.runtime.protocol import MAX_FORK, RequestError, SamplingParams
 
 # Aliases and words that are not fields of SamplingParams but say the same.
-_EXTRA_NAMES: Final = frozenset({"max_new_tokens", "return_logprob", "top_logprobs_num", "n", "timeout"})
+_EXTRA_NAMES: Final = frozenset(
+    {
+        "max_new_tokens",
+        "return_logprob",
+        "logprob_start_len",
+        "top_logprobs_num",
+        "return_text_in_logprobs",
+        "n",
+        "timeout",
+    }
+)
 SAMPLING_NAMES: Final = (frozenset(SamplingParams.__struct_fields__) - {"logprobs"}) | _EXTRA_NAMES
 
 # SGLang's names that are not built yet, or that can have no meaning here.
-NOT_SUPPORTED: Final = frozenset(
-    {"dtype", "regex", "json_schema", "type", "ebnf", "logprob_start_len", "return_text_in_logprobs"}
-)
+NOT_SUPPORTED: Final = frozenset({"dtype", "regex", "json_schema", "type", "ebnf"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,7 @@ def _rename(fields: dict[str, object]) -> None:
         if "max_tokens" in fields:
             raise InvalidRequest("max_new_tokens is another name of max_tokens: give one of them")
         fields["max_tokens"] = fields.pop("max_new_tokens")
+    _check_logprob_words(fields.pop("logprob_start_len", None), fields.pop("return_text_in_logprobs", None))
     wanted, top = fields.pop("return_logprob", None), fields.pop("top_logprobs_num", None)
     if wanted is not None and not isinstance(wanted, bool):
         raise InvalidRequest(f"return_logprob must be True or False, got {wanted!r}", field="return_logprob")
@@ -116,6 +125,21 @@ def _rename(fields: dict[str, object]) -> None:
         raise InvalidRequest(f"top_logprobs_num must be a whole number, got {top!r}", field="top_logprobs_num")
     if wanted or top is not None:
         fields["logprobs"] = top or 0
+
+
+def _check_logprob_words(start: object, with_text: object) -> None:
+    """Accept what asks for the generated tokens' log-probabilities with their text, which is what there is."""
+    if start is not None and (start != -1 or isinstance(start, bool)):
+        raise InvalidRequest(
+            f"logprob_start_len must be -1 (generated tokens only), got {start!r}: the log-probabilities of a prompt "
+            "would make the runtime compute again what is cached; select gives those of given texts, "
+            'in get_meta_info(name)["choice_token_logprobs"]',
+            field="logprob_start_len",
+        )
+    if with_text is not None and not isinstance(with_text, bool):
+        raise InvalidRequest(
+            f"return_text_in_logprobs must be True or False, got {with_text!r}", field="return_text_in_logprobs"
+        )
 
 
 def _as_tuple(name: str, value: object) -> tuple[object, ...]:

@@ -235,7 +235,7 @@ class ScriptedBackend:
         """Append the choice of the script."""
 
         def work(target: _Branch) -> Selected:
-            selected = self._selected(name, target, choices)
+            selected = self._selected(name, target, choices, method)
             target.append(choices[selected.index])
             target.compute()
             return selected
@@ -252,7 +252,7 @@ class ScriptedBackend:
         timeout_s: float | None = None,
     ) -> Future[Selected]:
         """Return what `select` would choose, and append nothing."""
-        return self._submit(branch, lambda target: self._selected(name, target, choices))
+        return self._submit(branch, lambda target: self._selected(name, target, choices, method))
 
     def rollback(self, branch: Branch, length: int) -> Future[Extended]:
         """Cut the branch back to its first `length` words."""
@@ -331,12 +331,13 @@ class ScriptedBackend:
 
     # ------------------------------------------------------------------------------------------ results
 
-    def _selected(self, name: str | None, target: _Branch, choices: Sequence[str]) -> Selected:
+    def _selected(self, name: str | None, target: _Branch, choices: Sequence[str], method: ChoiceMethod) -> Selected:
         index = self._script.choice(name, target.whole, choices)
         sure = [1.0 if i == index else 0.0 for i in range(len(choices))]
         tokens = [[TokenLogprob(score - 1.0, 0, text)] for score, text in zip(sure, choices, strict=True)]
         scores = [score - 1.0 for score in sure]
-        return Selected(0, index, scores, sure, tokens, target.length, self._used(target, 0))
+        alone = [[0.0] for _ in choices] if method == "unconditional_likelihood_normalized" else None
+        return Selected(0, index, scores, sure, tokens, target.length, self._used(target, 0), alone)
 
     def _used(self, target: _Branch, generated: int) -> Usage:
         prompt, cached = target.length, target.cached()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bough.backend import Backend
 from bough.errors import InvalidRequest, UnknownVariable
-from bough.expressions import Expression, pieces_of
+from bough.expressions import Expression, SeparateReasoning, pieces_of
 from bough.interpreter import Interpreter
-from bough.pieces import LAZY, Span, futures_of, messages_of, read, text_of
+from bough.pieces import LAZY, Derived, Span, futures_of, messages_of, read, text_of
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.streaming import Feed, Run, iterate, iterate_async
 
@@ -49,12 +49,22 @@ class State:
 
     def __iadd__(self: S, other: str | Expression) -> S:
         """Append text or an expression. Raises InvalidRequest at once for what cannot be appended here."""
-        for call in self._interpreter.append(pieces_of(other)):
+        pieces = pieces_of(other)
+        for call in self._interpreter.append(pieces):
             if call.name is not None:
                 self._assign(call.name, call)
+        for piece in pieces:
+            if isinstance(piece, SeparateReasoning):
+                self._separate(piece)
         if self._feed is not None:
             self._feed.notify()
         return self
+
+    def _separate(self, piece: SeparateReasoning) -> None:
+        for name in piece.names:
+            call = self._variables[name]
+            self._assign(name, Derived(call, piece.answer))
+            self._assign(name + piece.suffix, Derived(call, piece.reasoning))
 
     # ------------------------------------------------------------------------------------------ roles and scopes
 
@@ -197,20 +207,20 @@ class State:
         self._raise_if_body_failed("it returned")
         return self._return_value
 
-    def text_iter(self, name: str | None = None) -> Iterator[str]:
+    def text_iter(self, var_name: str | None = None) -> Iterator[str]:
         """Yield the text (or one variable's) as it comes, if the run streams; all at once if it does not.
 
         Any number of readers may follow, each from the beginning; together the chunks are the whole text.
         """
         if self._feed is not None:
-            return iterate(self, self._feed, name)
-        return iter([self.text() if name is None else str(self[name])])
+            return iterate(self, self._feed, var_name)
+        return iter([self.text() if var_name is None else str(self[var_name])])
 
-    def text_async_iter(self, name: str | None = None) -> AsyncIterator[str]:
+    def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]:
         """Yield the text (or one variable's) as it comes, leaving the event loop free."""
         if self._feed is not None:
-            return iterate_async(self, self._feed, name)
-        return self._text_once(name)
+            return iterate_async(self, self._feed, var_name)
+        return self._text_once(var_name)
 
     async def _text_once(self, name: str | None) -> AsyncIterator[str]:
         if name is not None:

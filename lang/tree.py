@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from bough.backend import Generation
+from bough.errors import BoughError
 from bough.pieces import GenCall, Mark, SelectCall, Strand
 from bough.runtime.protocol import Selected, Usage
 
@@ -77,8 +78,12 @@ def _call_line(call: GenCall | SelectCall, future: Future[Any], number: int, tot
     if isinstance(done, Generation):
         return f"{name}  {_cost(done.usage)} · {done.finish_reason}  {_preview(repr(done.text))}"
     assert isinstance(call, SelectCall)
-    share = done.distribution[done.index] if done.distribution else 1.0
-    return f"{name}  {_cost(done.usage)} · p {share:.2f}  {_preview(repr(call.choices[done.index]))}"
+    try:
+        index = call.index()
+    except BoughError as error:  # the program's own method could not decide
+        return f"{name}  failed: {type(error).__name__}: {error}"
+    share = done.distribution[index] if done.distribution else 1.0
+    return f"{name}  {_cost(done.usage)} · p {share:.2f}  {_preview(repr(call.choices[index]))}"
 
 
 def _cost(usage: Usage) -> str:

@@ -156,7 +156,7 @@ def test_bad_options_are_refused_before_anything_starts(stand_in: Any, given: di
     with pytest.raises(bo.InvalidRequest, match=words):
         bo.Runtime(**given)
     with pytest.raises(TypeError, match="mem_fraction_static"):
-        bo.Runtime(mem_fraction_static=0.8)  # type: ignore[call-arg]
+        bo.Runtime(mem_fraction_static=0.8)
 
 
 def test_a_model_that_cannot_be_loaded_is_told_in_the_runtimes_words(stand_in: Any) -> None:

@@ -1,0 +1,167 @@
+"""How a `select` decides: the three named methods, and the base of methods that a program brings itself.
+
+The named ones are decided by the backend, which scores exactly what would be generated. One of your own is given the
+log-probabilities of every choice and names the winner::
+
+    class Shortest(bo.ChoicesSamplingMethod):
+        def __call__(self, *, choices, **_):
+            return bo.ChoicesDecision(min(choices, key=len))
+
+    s += bo.select("x", ["yes", "perhaps"], choices_method=Shortest())
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from bough.runtime.protocol import CHOICE_METHODS, ChoiceMethod
+
+Triple: TypeAlias = "tuple[float, int, str]"
+"""A token's natural-log probability, its id, its text."""
+
+
+@dataclass(frozen=True)
+class ChoicesDecision:
+    """What a method decided: one of the choices, and what `get_meta_info` shall tell besides."""
+
+    decision: str
+    meta_info: Mapping[str, Any] | None = None
+
+
+class ChoicesSamplingMethod(ABC):
+    """Decides which of some choices is taken. Subclass it, or use one of the three that are named.
+
+    A method of your own is called once the backend has scored the choices, in whichever thread needs the choice first;
+    what is appended after such a `select` waits for it.
+    """
+
+    @property
+    def requires_unconditional_logprobs(self) -> bool:
+        """Whether the choices' log-probabilities without the prompt are needed; they cost a second scoring."""
+        return False
+
+    @abstractmethod
+    def __call__(
+        self,
+        *,
+        choices: Sequence[str],
+        normalized_prompt_logprobs: Sequence[float],
+        input_token_logprobs: Sequence[Sequence[Triple]],
+        output_token_logprobs: Sequence[Sequence[Triple]],
+        unconditional_token_logprobs: Sequence[Sequence[Triple]] | None = None,
+    ) -> ChoicesDecision:
+        """Return which choice is taken.
+
+        normalized_prompt_logprobs[i]: mean natural-log probability of choice i's tokens. input_token_logprobs[i]: its
+        tokens, none of the prompt's. output_token_logprobs[i]: empty, nothing is generated. unconditional_...[i]: the
+        same tokens without the prompt, where asked for; a first token with nothing before it has 0.0.
+        """
+
+
+class NamedMethod(str, ChoicesSamplingMethod):
+    """One of the three methods that backends carry out themselves; equal to its name as a text.
+
+    Called, it decides from given log-probabilities as the backend would.
+    """
+
+    __slots__ = ()
+
+    @property
+    def requires_unconditional_logprobs(self) -> bool:
+        """Whether the choices' log-probabilities without the prompt are needed."""
+        return self == "unconditional_likelihood_normalized"
+
+    def __call__(
+        self,
+        *,
+        choices: Sequence[str],
+        normalized_prompt_logprobs: Sequence[float],
+        input_token_logprobs: Sequence[Sequence[Triple]],
+        output_token_logprobs: Sequence[Sequence[Triple]],
+        unconditional_token_logprobs: Sequence[Sequence[Triple]] | None = None,
+    ) -> ChoicesDecision:
+        """Return the choice with the highest score; the first on ties."""
+        given = [[logprob for logprob, _, _ in row] for row in input_token_logprobs]
+        alone = unconditional_token_logprobs
+        without = None if alone is None else [[logprob for logprob, _, _ in row] for row in alone]
+        scores = score_choices(literal(self), given, without)
+        return ChoicesDecision(choices[best(scores)], {"scores": scores})
+
+
+token_length_normalized: Final = NamedMethod("token_length_normalized")
+"""The choice with the highest mean log-probability per token."""
+greedy_token_selection: Final = NamedMethod("greedy_token_selection")
+"""The choice that greedy decoding, restricted to the choices, would take; token by token."""
+unconditional_likelihood_normalized: Final = NamedMethod("unconditional_likelihood_normalized")
+"""The choice that the prompt makes likelier most, against its likelihood without any prompt (per token)."""
+
+
+def literal(method: str) -> ChoiceMethod:
+    """Return a named method as the word the protocol has for it. Raises ValueError for any other text."""
+    found: ChoiceMethod = CHOICE_METHODS[CHOICE_METHODS.index(method)]  # type: ignore[assignment]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- the arithmetic
+
+# The runtime has its own copy (runtime/choices.py): backends that only return log-probabilities are scored here. A test
+# holds the two equal.
+
+Logprobs: TypeAlias = Sequence[Sequence[float]]
+
+
+def score_choices(method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None) -> list[float]:
+    """Return one score per choice. logprobs[i][j]: token j of choice i; unconditional: the same without the prompt."""
+    if method == "token_length_normalized":
+        return [mean(row) for row in logprobs]
+    if method == "greedy_token_selection":
+        return _greedy(logprobs)
+    assert unconditional is not None, "this method needs unconditional log-probabilities"
+    return [
+        mean([given - alone for given, alone in zip(row, base, strict=True)])
+        for row, base in zip(logprobs, unconditional, strict=True)
+    ]
+
+
+def best(scores: Sequence[float]) -> int:
+    """Return the index of the highest score, the first on ties."""
+    return max(range(len(scores)), key=lambda index: (scores[index], -index))
+
+
+def distribution(logprobs: Logprobs) -> list[float]:
+    """Return the probability of each choice among the choices: softmax over summed log-probabilities."""
+    sums = [math.fsum(row) for row in logprobs]
+    top = max(sums)
+    weights = [math.exp(value - top) for value in sums]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean."""
+    return math.fsum(values) / len(values)
+
+
+def _greedy(logprobs: Logprobs) -> list[float]:
+    """Keep the choices with the likeliest token, position by position; one that has ended competes with its mean.
+
+    The score is 1.0 for the first that is left, else the fraction of positions survived.
+    """
+    length = max(len(row) for row in logprobs)
+    matrix = [[*row, *[mean(row)] * (length - len(row))] for row in logprobs]
+    survived = [0] * len(matrix)
+    remaining = list(range(len(matrix)))
+    for position in range(length):
+        top = max(matrix[index][position] for index in remaining)
+        remaining = [index for index in remaining if matrix[index][position] == top]
+        for index in remaining:
+            survived[index] = position + 1
+        if len(remaining) == 1:
+            break
+    scores = [count / (length + 1) for count in survived]
+    scores[remaining[0]] = 1.0
+    return scores
