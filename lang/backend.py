@@ -37,7 +37,21 @@ from bough.runtime.protocol import (
 )
 
 Branch: TypeAlias = int
-OnDelta: TypeAlias = Callable[[str], None]
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a streaming `generate` has appended since the last one: text, the ids drawn, their log-probabilities.
+
+    The text is whole characters and the ids whole tokens, so that one may be ahead of the other. logprobs is None where
+    they were not asked for.
+    """
+
+    text: str
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] | None = None
+
+
+OnDelta: TypeAlias = Callable[[Delta], None]
 
 
 class Generation(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from bough.backend import Backend, Branch, OnDelta
+from bough.backend import Backend, Branch, Delta, OnDelta
 from bough.choices import ChoicesSamplingMethod
 from bough.errors import BoughError, Cancelled, InvalidRequest
 from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning
@@ -136,7 +136,7 @@ class Interpreter:
         self.flush()
         params = self._params(gen)
         n = gen.n or self.sampling.n
-        chunks: list[str] | None = None if self.feed is None else []
+        chunks: list[Delta] | None = None if self.feed is None else []
         branches = [self._branch()] if n == 1 else self.backend.fork(self._branch(), n)
         replies = []
         for index, branch in enumerate(branches):
@@ -160,12 +160,12 @@ class Interpreter:
             return params
         return msgspec.structs.replace(params, seed=_derived(params.seed, self._path, self._num_gens))
 
-    def _collector(self, chunks: list[str]) -> OnDelta:
+    def _collector(self, chunks: list[Delta]) -> OnDelta:
         feed = self.feed
         assert feed is not None, "only a streaming run collects chunks"
 
-        def collect(text: str) -> None:
-            chunks.append(text)
+        def collect(delta: Delta) -> None:
+            chunks.append(delta)
             feed.notify()
 
         return collect

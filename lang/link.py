@@ -28,6 +28,7 @@ from typing import Any, Final, TypeAlias
 import zmq
 import zmq.utils.monitor
 
+from bough.backend import Delta, OnDelta
 from bough.errors import BackendError, BoughError, InvalidRequest, Overloaded, ProtocolMismatch, RuntimeLost, from_reply
 from bough.liveness import Liveness
 from bough.runtime import protocol
@@ -62,7 +63,7 @@ class Entry:
         kind: type[Any],
         convert: Convert | None = None,
         future: Future[Any] | None = None,
-        on_delta: Callable[[str], None] | None = None,
+        on_delta: OnDelta | None = None,
     ) -> None:
         self.kind = kind
         self.convert = convert
@@ -312,8 +313,9 @@ class Link:
             self._outbox.append(encoded(protocol.Credit(delta.op, entry.ungranted), ()))
             entry.ungranted = 0
         if entry.on_delta is not None:
+            token_ids = protocol.decode_tokens(buffers, delta.buffer)
             try:
-                entry.on_delta(delta.text)
+                entry.on_delta(Delta(delta.text, token_ids, delta.logprobs))
             except Exception:  # a reader's bug is not the connection's
                 log.exception("a reader of operation %d failed", delta.op)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
-from bough.backend import Generation
+from bough.backend import Delta, Generation
 from bough.choices import ChoicesDecision, ChoicesSamplingMethod, mean
 from bough.errors import BoughError, Cancelled, ProgramError, of
 from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
@@ -60,7 +60,7 @@ class GenCall:
 
     __slots__ = ("chunks", "name", "replies")
 
-    def __init__(self, name: str | None, replies: Sequence[Future[Generation]], chunks: list[str] | None) -> None:
+    def __init__(self, name: str | None, replies: Sequence[Future[Generation]], chunks: list[Delta] | None) -> None:
         self.name = name
         self.replies = replies
         self.chunks = chunks

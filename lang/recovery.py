@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from bough.backend import Delta
 from bough.errors import BoughError, RuntimeLost
 from bough.link import Entry, Link, check_process, encoded
 from bough.record import Ledger, Record
@@ -51,8 +52,8 @@ class Life(Protocol):
 class Recorded(Entry):
     """An operation in flight that may be sent more than once; only text that is new is passed on."""
 
-    __slots__ = ("_chunks", "_convert", "_expected", "_matched", "_on_delta", "_owner", "_sent_at", "buffers", "record",
-                 "reply")  # fmt: skip
+    __slots__ = ("_chunks", "_convert", "_expected", "_matched", "_num_ids", "_num_told", "_on_delta", "_owner",
+                 "_sent_at", "buffers", "record", "reply")  # fmt: skip
 
     def __init__(self, owner: RecoveringLink, entry: Entry) -> None:
         super().__init__(entry.kind, self._keep, entry.future, None if entry.on_delta is None else self._deliver)
@@ -66,10 +67,13 @@ class Recorded(Entry):
         self._chunks: list[str] = []  # what was passed on
         self._expected = ""  # what was passed on in earlier lives, and must come again
         self._matched = 0  # how much of it has
+        self._num_ids = 0  # token ids that came in this life
+        self._num_told = 0  # token ids that were passed on, in all
 
     def again(self, request: Any) -> Any:
         """Return the request for a new life: the text starts anew, a deadline does not."""
         self._expected, self._matched, self.ungranted = "".join(self._chunks), 0, 0
+        self._num_ids = 0
         timeout_s = getattr(request, "timeout_s", None)
         if timeout_s is None:
             return request
@@ -100,7 +104,8 @@ class Recorded(Entry):
         self.reply, self.buffers = reply, buffers
         return reply if self._convert is None else self._convert(reply, buffers)
 
-    def _deliver(self, text: str) -> None:
+    def _deliver(self, delta: Delta) -> None:
+        text = delta.text
         assert self._on_delta is not None, "only a stream has deltas"
         known = self._expected[self._matched : self._matched + len(text)]
         if not text.startswith(known):
@@ -108,9 +113,13 @@ class Recorded(Entry):
             return
         self._matched += len(known)
         new = text[len(known) :]
+        told = max(0, self._num_told - self._num_ids)
+        self._num_ids += len(delta.token_ids)
         if new:
             self._chunks.append(new)
-            self._on_delta(new)
+            self._num_told = max(self._num_told, self._num_ids)
+            logprobs = None if delta.logprobs is None else delta.logprobs[told:]
+            self._on_delta(Delta(new, delta.token_ids[told:], logprobs))
 
 
 class RecoveringLink:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Final, TypeVar
 
-from bough.backend import Branch, Generation, OnDelta
+from bough.backend import Branch, Delta, Generation, OnDelta
 from bough.errors import BoughError, Cancelled, ContextOverflow, InvalidRequest, of
 from bough.runtime import protocol
 from bough.runtime.protocol import (
@@ -208,16 +208,17 @@ class ScriptedBackend:
                 check_reply(said, grammar)
             text, reason, stop = cut(said, params)
             words = text.split() if params.logprobs is None and on_delta is None else words_of(text)
-            if on_delta is not None:
-                for start in range(0, len(words), self._chunk_words):
-                    on_delta("".join(words[start : start + self._chunk_words]))
-            usage = self._used(target, len(words))
-            target.append(text)
-            target.compute()
             ids = [zlib.crc32(word.encode()) & 0x7FFF for word in words]
             logprobs = None
             if params.logprobs is not None:
                 logprobs = [TokenLogprob(0.0, i, w, [(0.0, i, w)]) for i, w in zip(ids, words, strict=True)]
+            if on_delta is not None:
+                for start in range(0, len(words), self._chunk_words):
+                    part = slice(start, start + self._chunk_words)
+                    on_delta(Delta("".join(words[part]), ids[part], None if logprobs is None else logprobs[part]))
+            usage = self._used(target, len(words))
+            target.append(text)
+            target.compute()
             is_whole = grammar is None or text == said
             return Generation(text, ids, reason, stop, target.length, usage, logprobs, is_whole)
 

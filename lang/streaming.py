@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
+from bough.backend import Delta
 from bough.errors import ProgramError
 from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, read
 
@@ -189,14 +190,14 @@ def _item_steps(state: State, item: Item) -> Iterator[str | None]:
     yield item.text()
 
 
-def _chunk_steps(call: GenCall, chunks: list[str]) -> Iterator[str | None]:
+def _chunk_steps(call: GenCall, chunks: list[Delta]) -> Iterator[str | None]:
     position = length = 0
     while True:
         done = call.replies[0].done()  # read before the chunks: deltas arrive before the end
         before = position
         while position < len(chunks):
-            length += len(chunks[position])
-            yield chunks[position]
+            length += len(chunks[position].text)
+            yield chunks[position].text
             position += 1
         if done:
             break

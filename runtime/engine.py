@@ -349,8 +349,8 @@ class Engine:
             return
         if operation.work is not None:
             self._in_flight.stop(operation.work)
-            if isinstance(operation.work, Generation):  # what was drawn so far is not lost with the operation
-                error = RequestError(error.kind, error.message, **error.details, partial_text=operation.work.text)
+            spent = operation.work.partial(self._clock())  # what was drawn and spent is not lost with the operation
+            error = RequestError(error.kind, error.message, **{**error.details, **spent})
         branch, was_queued = operation.branch, operation.progress is Progress.QUEUED
         operation.poison = Poison(operation.id, error.kind, error.message)
         operation.fail(error)

@@ -527,7 +527,10 @@ class Pong(_Message, frozen=True, tag="pong"):
 
 
 class Failed(_Message, frozen=True, tag="failed"):
-    """The end of an operation that could not be carried out. op is None when the frame was unreadable."""
+    """The end of an operation that could not be carried out. op is None when the frame was unreadable.
+
+    Of one that had begun to run, `details` holds the fields of `Usage`, and of a generate also `partial_text`.
+    """
 
     op: int | None
     kind: ErrorKind

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from bough.runtime.batch import RowResult
@@ -140,6 +141,11 @@ class Generation:
         )
         return reply, [encode_tokens(self.kept_ids())]
 
+    def partial(self, now: float) -> dict[str, int | float | str]:
+        """What the reply says of a generation that fails: the text so far, and the fields of `Usage`."""
+        usage = _usage(self.operation, self.sequences, self._num_drawn, self._first_token_at, now)
+        return {"partial_text": self.text, **msgspec.structs.asdict(usage)}
+
     def kept_ids(self) -> list[int]:
         """The drawn ids that become part of the branch."""
         ids: list[int] = self._sequence.generated[: self.kept].tolist()
@@ -224,6 +230,10 @@ class Selection:
             usage=_usage(self.operation, self.sequences, 0, self._first_result_at, now),
             unconditional=self._unconditional,
         )
+
+    def partial(self, now: float) -> dict[str, int | float | str]:
+        """What the reply says of a selection that fails: the fields of `Usage`."""
+        return msgspec.structs.asdict(_usage(self.operation, self.sequences, 0, self._first_result_at, now))
 
     def _labelled(self, ids: list[int], values: list[float]) -> list[TokenLogprob]:
         return [

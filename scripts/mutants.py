@@ -209,7 +209,7 @@ MUTANTS = (
         "                continue  # ended as a consequence of an earlier one\n",
         "                pass\n",
     ),
-    Mutant("the partial text is lost", ENGINE, "partial_text=operation.work.text)", "partial_text='')"),
+    Mutant("the partial text is lost", "work.py", '"partial_text": self.text,', '"partial_text": "",'),
     Mutant(
         "a failure does not poison",
         ENGINE,

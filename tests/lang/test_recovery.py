@@ -15,6 +15,7 @@ from loopback import Loopback, plain_answer
 
 import bough as bo
 from bough import RuntimeClient, State
+from bough.backend import Delta
 from bough.link import Link
 from bough.recovery import MAX_RESTARTS, RecoveringLink
 from bough.runtime import protocol
@@ -194,9 +195,9 @@ def test_a_stream_goes_on_after_what_was_delivered(lives: Lives) -> None:
         arrived = threading.Event()
         chunks: list[str] = []
 
-        def on_delta(text: str) -> None:
-            chunks.append(text)
-            if text == "tw":
+        def on_delta(delta: Delta) -> None:
+            chunks.append(delta.text)
+            if delta.text == "tw":
                 arrived.set()
 
         branch = client.open()
@@ -215,8 +216,8 @@ def test_a_stream_that_comes_out_different_fails_and_with_it_what_depends_on_it(
     lives.answers = [streaming(*delivered)]
     arrived = threading.Event()
 
-    def seen(text: str) -> None:
-        if text == delivered[-1]:
+    def seen(delta: Delta) -> None:
+        if delta.text == delivered[-1]:
             arrived.set()
 
     with lives.client() as client:

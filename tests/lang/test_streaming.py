@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import bough as bo
+from bough.backend import Delta
+from bough.runtime.protocol import SamplingParams
 
 WAIT_S = 10.0
 LONG = " ".join(f"word{i}" for i in range(400))
@@ -193,3 +195,13 @@ def test_forks_of_a_streaming_run_stream_too() -> None:
     assert state["x"] == ["a b c"] * 3
     assert list(branches[0][1].text_iter()) == ["p ", "a", " b", " c"]
     assert list(branches[0][1].text_iter("x")) == ["a", " b", " c"]
+
+
+def test_deltas_carry_token_ids_and_log_probabilities() -> None:
+    backend = bo.ScriptedBackend([LONG], chunk_words=7)
+    deltas: list[Delta] = []
+    branch = backend.open()
+    done = backend.generate(branch, SamplingParams(max_tokens=1000, logprobs=0), on_delta=deltas.append).result()
+    assert "".join(delta.text for delta in deltas) == done.text
+    assert [token for delta in deltas for token in delta.token_ids] == done.token_ids
+    assert [token for delta in deltas for token in delta.logprobs or ()] == done.logprobs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 from fakes import FakeClock, FakeRunner
 
@@ -44,6 +45,7 @@ from bough.runtime.protocol import (
     Stats,
     Text,
     Tokens,
+    Usage,
     decode_tokens,
     encode_tokens,
 )
@@ -350,6 +352,9 @@ def test_a_generation_that_fills_the_pool_fails_typed_with_its_text() -> None:
     assert failed.kind == "resource_exhausted"
     assert "KV pool of 20 tokens" in failed.message
     assert failed.details["partial_text"]
+    usage = msgspec.convert({name: failed.details[name] for name in Usage.__struct_fields__}, Usage)
+    assert usage.prompt_tokens == usage.cached_tokens + usage.computed_tokens >= 3
+    assert usage.prompt_tokens + usage.completion_tokens == 20 + 1, "the last token has no KV yet"
 
 
 def test_select_scores_every_choice_in_one_operation_and_appends_the_best(client: Client) -> None:
