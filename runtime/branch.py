@@ -12,6 +12,7 @@ from bough.runtime.text.tail import TextTail
 from bough.runtime.token_log import TokenLog
 
 if TYPE_CHECKING:
+    from bough.runtime.brood import Brood
     from bough.runtime.operation import Operation
 
 
@@ -43,6 +44,7 @@ class Branch:
     healed: (length, ids that came next, the one before) where tokens gave way to others that begin with their text, so
     that a rollback to before brings them back.
     A branch is unborn, without log and tail, while the fork that makes it still waits for its parent.
+    children: those that something was sent for; broods: the others.
     """
 
     log: TokenLog
@@ -50,6 +52,7 @@ class Branch:
 
     __slots__ = (
         "_life",
+        "broods",
         "children",
         "current",
         "healed",
@@ -80,11 +83,17 @@ class Branch:
         self.pending: deque[Operation] = deque()
         self.parent: Branch | None = None
         self.children: dict[int, Branch] = {}
+        self.broods: dict[Brood, None] = {}
 
     @property
     def is_born(self) -> bool:
         """Whether the branch has a text, and operations on it can be carried out."""
         return self._life is Life.LIVE
+
+    @property
+    def is_unborn(self) -> bool:
+        """Whether the fork that makes the branch still waits for its parent."""
+        return self._life is Life.UNBORN
 
     def release(self) -> None:
         """End the branch; it leaves the tree of branches."""
@@ -142,7 +151,7 @@ class Branch:
         self.poison = None
 
     def descendants(self) -> list[Branch]:
-        """This branch and everything forked from it, parents first."""
+        """This branch and everything forked from it that something was sent for, parents first."""
         found = [self]
         for branch in found:
             found.extend(branch.children.values())
@@ -150,9 +159,10 @@ class Branch:
 
     def detach(self) -> None:
         """Leave the tree of branches; children move up to the parent."""
-        for child in self.children.values():
+        for child in (*self.children.values(), *self.broods):
             child.parent = self.parent
         if self.parent is not None:
             del self.parent.children[self.id]
             self.parent.children.update(self.children)
-        self.parent, self.children = None, {}
+            self.parent.broods.update(self.broods)
+        self.parent, self.children, self.broods = None, {}, {}

@@ -155,7 +155,7 @@ class Engine:
         if self._num_branches >= self.config.max_branches:
             raise self._too_many_branches()
         branch = Branch(branch_id, path)
-        session.branches[branch_id] = branch
+        session.branches.add(branch)
         self._num_branches += 1
         return branch
 
@@ -174,14 +174,10 @@ class Engine:
         parent = session.branch(request.branch)
         if self._num_branches + len(request.children) > self.config.max_branches:
             raise self._too_many_branches()
-        clash = next((c for c in request.children if c in session.branches), None)
-        if clash is not None or len(set(request.children)) != len(request.children):
+        if session.branches.has_any(request.children) or len(set(request.children)) != len(request.children):
             raise RequestError("invalid_request", f"children must be new, distinct ids, got {request.children[:8]}")
-        for child_id in request.children:
-            child = self._new_branch(session, child_id, (*parent.path, parent.num_forked))
-            parent.num_forked += 1
-            child.parent = parent
-            parent.children[child_id] = child
+        operation.brood = session.branches.add_brood(parent, request.children)
+        self._num_branches += len(request.children)
         self._enqueue(operation, parent)
 
     def _enqueue(self, operation: Operation, branch: Branch) -> None:
@@ -223,7 +219,7 @@ class Engine:
         operation.progress = Progress.RUNNING
         try:
             if isinstance(request, Fork):
-                self._bear(branch, request)
+                self._bear(operation, branch)
             if branch.poison is not None and not isinstance(request, Release | Rollback):
                 poison = branch.poison
                 error = RequestError("dependency_failed", f"depends on a failed operation: {poison.message}")
@@ -236,12 +232,12 @@ class Engine:
             log.exception("%s failed", type(request).__name__.lower())
             self._fail(operation, RequestError("internal", f"{type(error).__name__}: {error}"))
 
-    def _bear(self, parent: Branch, request: Fork) -> None:
-        for child_id in request.children:
-            child = parent.children.get(child_id)
-            if child is not None:  # not released before it was born
-                child.inherit(parent)
-                self._ready.append(child)
+    def _bear(self, fork: Operation, parent: Branch) -> None:
+        """Let the children of a fork, those already sent for and the others, begin where their parent is."""
+        heritage = Branch(parent.id, parent.path)
+        heritage.inherit(parent)
+        assert fork.brood is not None, "a fork has children"
+        self._ready.extend(fork.brood.bear(heritage))
 
     def _execute(self, operation: Operation, branch: Branch, request: Request) -> None:
         match request:
@@ -266,6 +262,9 @@ class Engine:
         """Queue the end of each branch behind what was sent for it; answered at once, for it cannot fail."""
         session = operation.session
         for branch_id in request.branches:
+            if session.branches.drop_untouched(branch_id):
+                self._num_branches -= 1
+                continue
             branch = session.branches.get(branch_id)
             if branch is not None:
                 ending = Operation(operation.id, session, Release(op=operation.id, branches=[branch_id]), (), 0.0)
@@ -274,15 +273,14 @@ class Engine:
 
     def _forget(self, session: Session, branch: Branch) -> None:
         """Take a branch out, and end what was sent for it after its release."""
-        del session.branches[branch.id]
+        session.branches.remove(branch)
         self._num_branches -= 1
         left = [operation for operation in branch.pending if operation.progress is not Progress.ENDED]
         branch.pending.clear()
         self._num_queued -= len(left)
         gone = RequestError("invalid_request", f"branch {branch.id} was released before")
         for operation in left:
-            if isinstance(operation.request, Fork):
-                self._bear_poisoned(operation, operation.request, gone)
+            self._bear_poisoned(operation, gone)
             if not isinstance(operation.request, Release):
                 operation.fail(gone)
         branch.release()
@@ -391,20 +389,19 @@ class Engine:
             count += 1
             if operation.progress is Progress.QUEUED:
                 self._num_queued -= 1
-            if isinstance(operation.request, Fork):
-                self._bear_poisoned(operation, operation.request, error)
+            self._bear_poisoned(operation, error)
             self._fail(operation, error)
         return count
 
-    def _bear_poisoned(self, operation: Operation, request: Fork, error: RequestError) -> None:
+    def _bear_poisoned(self, operation: Operation, error: RequestError) -> None:
         """The children of a fork that will not happen are born failed, so that what waits for them ends."""
-        assert operation.branch is not None
-        for child_id in request.children:
-            child = operation.branch.children.get(child_id)
-            if child is not None and not child.is_born:
-                child.begin(self._composer.empty_tail())
-                child.poison = Poison(operation.id, error.kind, error.message)
-                self._pump(child)
+        if operation.brood is None or operation.brood.is_born:
+            return
+        heritage = Branch(0, ())
+        heritage.begin(self._composer.empty_tail())
+        heritage.poison = Poison(operation.id, error.kind, error.message)
+        for child in operation.brood.bear(heritage):
+            self._pump(child)
 
     def expire(self, now: float) -> None:
         """End the operations whose deadline is over."""
@@ -417,10 +414,12 @@ class Engine:
     def close(self, session: Session) -> None:
         """Forget a client: cancel what runs, release what it holds."""
         gone = RequestError("cancelled", "the client is gone")
-        for branch in list(session.branches.values()):
+        for branch in session.branches.touched():
             self.cancel_operations(self._unfinished(branch), gone)
-        for branch in list(session.branches.values()):
+        for branch in session.branches.touched():  # what was cancelled may have set releases free
             self._forget(session, branch)
+        self._num_branches -= len(session.branches)
+        session.branches.clear()
         self._drains = [operation for operation in self._drains if operation.session is not session]
 
     def check(self) -> None:
@@ -491,6 +490,7 @@ def _check_ids(request: Request) -> None:
     for name, value in fields.items():
         if value is not None and not 0 <= value <= MAX_ID:
             raise ProtocolError(f"{name} must be between 0 and {MAX_ID}, got {value}")
-    for child in request.children if isinstance(request, Fork) else ():
-        if not 0 <= child <= MAX_ID:
-            raise ProtocolError(f"children must be between 0 and {MAX_ID}, got {child}")
+    if isinstance(request, Fork) and request.children:
+        for child in (min(request.children), max(request.children)):
+            if not 0 <= child <= MAX_ID:
+                raise ProtocolError(f"children must be between 0 and {MAX_ID}, got {child}")

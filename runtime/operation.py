@@ -10,17 +10,19 @@ from bough.runtime.protocol import Buffer, Failed, Reply, Request, RequestError
 
 if TYPE_CHECKING:
     from bough.runtime.branch import Branch, Poison
+    from bough.runtime.brood import Brood
     from bough.runtime.session import Session
     from bough.runtime.work import Work
 
 
 class Operation:
-    """A request with its session, its branch, and the work it became once it runs."""
+    """A request with its session, its branch, the children it makes if it is a fork, and the work it became."""
 
     __slots__ = (
         "_progress",
         "arrived_at",
         "branch",
+        "brood",
         "buffers",
         "deadline",
         "id",
@@ -47,6 +49,7 @@ class Operation:
         self.deadline = None if timeout_s is None else arrived_at + timeout_s
         self._progress = Progress.QUEUED
         self.branch: Branch | None = None
+        self.brood: Brood | None = None
         self.work: Work | None = None
         self.poison: Poison | None = None  # what depends on it inherits, if it failed
 

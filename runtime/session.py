@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from bough.runtime.branch import Branch
+from bough.runtime.brood import Branches
 from bough.runtime.operation import Operation
 from bough.runtime.protocol import MAX_FRAMES, Buffer, Delta, Generated, Reply, RequestError
 
@@ -45,7 +46,7 @@ class Session:
         self.namespace = namespace
         self.client = client
         self.last_seen = now
-        self.branches: dict[int, Branch] = {}
+        self.branches = Branches()
         self.operations: dict[int, Operation] = {}
         self.outbox: list[Message] = []
         self._ended: deque[int] = deque()

@@ -232,14 +232,14 @@ MUTANTS = (
     Mutant(
         "a cancelled fork leaves its children unborn",
         ENGINE,
-        "                self._bear_poisoned(operation, operation.request, error)\n            self._fail",
-        "                pass\n            self._fail",
+        "            self._bear_poisoned(operation, error)\n            self._fail",
+        "            self._fail",
     ),
     Mutant(
         "a cancelled operation still counts as queued",
         ENGINE,
-        "                self._num_queued -= 1\n            if",
-        "                pass\n            if",
+        "                self._num_queued -= 1\n            self._bear",
+        "                pass\n            self._bear",
     ),
     Mutant(
         "a branch is released before its turn",

@@ -661,6 +661,7 @@ class World:
         self.replies: list[dict[int, list[Reply]]] = [{} for _ in tenants]
         self.stolen: list[Lease] = []
         self.is_sound = True  # False from the first comparison that failed
+        self.num_checks = 0
         self._op = 0
 
     def _session(self, slot: int) -> Session:
@@ -816,6 +817,7 @@ class World:
     def check(self) -> None:
         """Everything that must hold between any two calls."""
         self.is_sound = False
+        self.num_checks += 1
         self._check_scheduler()
         self._check_branches()
         self._check_kv()
@@ -844,7 +846,11 @@ class World:
         for session, leaves, ops in zip(self.sessions, oracle.leaves, oracle.ops, strict=True):
             assert session.branches.keys() == leaves.keys()
             assert session.operations.keys() == {op.id for op in ops.values() if not op.is_ended}
+            # To look at a branch parts it from its brood: mostly look only at what the engine itself has touched.
+            looked_at = set(leaves) if self.num_checks % 4 == 0 else {b.id for b in session.branches.touched()}
             for branch_id, leaf in leaves.items():
+                if branch_id not in looked_at:
+                    continue
                 branch = session.branches[branch_id]
                 assert branch.is_born == leaf.is_born
                 assert (branch.current.id if branch.current else None) == (leaf.current.id if leaf.current else None)
