@@ -41,12 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens the KV pool holds")
     parser.add_argument("--token-budget", type=int, default=defaults.token_budget, metavar="N")
     parser.add_argument("--max-running", type=int, default=defaults.max_running, metavar="N")
+    parser.add_argument(
+        "--max-waiting", type=int, default=defaults.max_waiting, metavar="N", help="operations queued before overloaded"
+    )
     parser.add_argument("--schedule-policy", choices=SCHEDULE_POLICIES, default=defaults.schedule_policy)
     parser.add_argument("--no-radix-cache", action="store_true", help="keep no prefixes between operations")
     parser.add_argument("--exact", action="store_true", help="prefill computes the same bits as decode (slower)")
     parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
+    parser.add_argument("--credit", type=int, default=defaults.credit, help=argparse.SUPPRESS)
+    parser.add_argument("--unsent-bytes", type=int, default=defaults.unsent_bytes, help=argparse.SUPPRESS)
     parser.add_argument("--curve-secret", type=Path, metavar="FILE", help="this server's secret certificate, for tcp")
     parser.add_argument("--curve-clients", type=Path, metavar="DIR", help="public certificates that may connect")
     parser.add_argument(
@@ -80,6 +85,9 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         radix_cache=not options.no_radix_cache,
         seed=options.seed,
         lease_s=options.lease,
+        max_waiting=options.max_waiting,
+        credit=options.credit,
+        unsent_bytes=options.unsent_bytes,
     )
     is_orphaned = parent_watch(options.parent_pid, _stdin_watch() if options.parent_pid is not None else bool)
     with ExitStack() as stack:

@@ -159,8 +159,10 @@ class Branch:
 
     def detach(self) -> None:
         """Leave the tree of branches; children move up to the parent."""
-        for child in (*self.children.values(), *self.broods):
+        for child in self.children.values():
             child.parent = self.parent
+        for brood in self.broods:
+            brood.parent = self.parent
         if self.parent is not None:
             del self.parent.children[self.id]
             self.parent.children.update(self.children)

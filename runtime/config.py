@@ -18,8 +18,8 @@ class RuntimeConfig:
     schedule_policy: "lpm" admits the longest cached prefix first, with ageing; "fcfs" in order of arrival.
     radix_cache: keep prefixes between operations. seed: None draws one at start.
     max_waiting: operations queued over all clients before `overloaded`; max_branches, max_sessions: likewise.
-    credit: streamed tokens a client may be behind. heartbeat_s: how often a client pings; one silent for lease_s is
-    dropped with all it holds.
+    credit: streamed tokens a client may be behind. unsent_bytes: replies kept for a client whose queue is full; beyond
+    that it is dropped. heartbeat_s: how often a client pings; one silent for lease_s is dropped with all it holds.
     drain_s: how long SIGTERM waits for running operations. receive_s: most time one loop turn spends on receiving.
     """
 
@@ -32,6 +32,7 @@ class RuntimeConfig:
     max_branches: int = 262_144
     max_sessions: int = 1024
     credit: int = 4096
+    unsent_bytes: int = 64 << 20
     heartbeat_s: float = 1.0
     lease_s: float = 15.0
     drain_s: float = 30.0

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import zmq
 
+from bough.runtime.backlog import Backlog
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
 from bough.runtime.journal import Journal
@@ -83,7 +84,7 @@ class Server:
             self._poller.register(wake_fd, zmq.POLLIN)
         self._clock = clock
         self._sessions: dict[bytes, Session] = {}
-        self._unsent: dict[bytes, list[list[Buffer]]] = {}
+        self._unsent: dict[bytes, Backlog] = {}
         self._is_stopping = False
         self._drain_until: float | None = None
         self._housekeeping_at = 0.0
@@ -188,8 +189,8 @@ class Server:
     def _flush(self) -> None:
         for identity in list(self._unsent):
             waiting = self._unsent.pop(identity)
-            while waiting and self._send(identity, waiting[0]):
-                waiting.pop(0)
+            while waiting and self._send(identity, waiting.first):
+                waiting.pop()
             if waiting and identity in self._sessions:
                 self._unsent[identity] = waiting
         for session in list(self._sessions.values()):
@@ -200,10 +201,14 @@ class Server:
         for message in messages:
             frames = encode_replies(message.replies, message.buffers)
             blocked = self._unsent.get(session.identity)
-            if blocked is not None:
-                blocked.append(frames)
-            elif not self._send(session.identity, frames) and session.identity in self._sessions:
-                self._unsent[session.identity] = [frames]
+            if blocked is None:
+                if self._send(session.identity, frames) or session.identity not in self._sessions:
+                    continue
+                blocked = self._unsent[session.identity] = Backlog()
+            blocked.append(frames)
+            if blocked.num_bytes > self._config.unsent_bytes:
+                self._drop(session.identity, f"it reads nothing, {blocked.num_bytes} bytes of replies wait for it")
+                return
 
     def _send(self, identity: bytes, frames: list[Buffer]) -> bool:
         """Send, or say False if the client's queue is full; a client that is gone is forgotten."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from oracle import TOKENIZER
+
 from bough.runtime.branch import Branch
 from bough.runtime.brood import Branches
 from bough.runtime.text.tail import TextTail
-
-from oracle import TOKENIZER
 
 
 def live_branch(branch_id: int) -> Branch:

@@ -806,7 +806,7 @@ class World:
     def _note_cancel(self, slot: int, request: Cancel) -> None:
         branches = self.sessions[slot].branches
         found = [self.sessions[slot].operations.get(request.target)] if request.target is not None else []
-        if request.branch in branches:
+        if request.branch is not None and request.branch in branches:
             found = [o for b in branches[request.branch].descendants() for o in (b.current, *b.pending)]
         for operation in found:
             if operation is not None and operation.branch is not None:
