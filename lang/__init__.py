@@ -36,6 +36,7 @@ from bough.choices import (
 )
 from bough.errors import (
     BackendError,
+    BlockingRead,
     BoughError,
     Cancelled,
     ContextOverflow,
@@ -112,6 +113,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Backend",
     "BackendError",
+    "BlockingRead",
     "BoughError",
     "Cancelled",
     "ChoicesDecision",

@@ -14,7 +14,6 @@ Nothing here waits. A call hands the work over and returns a future or a name, s
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -35,6 +34,7 @@ from bough.runtime.protocol import (
     TokenLogprob,
     Usage,
 )
+from bough.waiting import running_loop
 
 Branch: TypeAlias = int
 
@@ -153,7 +153,7 @@ class _DefaultBackend:
 
     def set(self, backend: Backend | None) -> None:
         self._of_context.set(backend)
-        if threading.current_thread() is threading.main_thread() and not _in_event_loop():
+        if threading.current_thread() is threading.main_thread() and running_loop() is None:
             self._of_process = backend
 
     def get(self) -> Backend | None:
@@ -164,17 +164,6 @@ class _DefaultBackend:
 
     def leave(self, token: Token[Backend | None]) -> None:
         self._of_context.reset(token)
-
-
-def _in_event_loop() -> bool:
-    asyncio = sys.modules.get("asyncio")  # who has not imported it runs no event loop, and need not pay its 35 ms
-    if asyncio is None:
-        return False
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 default_backend: Final = _DefaultBackend()

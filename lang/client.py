@@ -16,6 +16,7 @@ from bough.errors import BoughError, InvalidRequest
 from bough.link import Convert, Entry, Keys, Link
 from bough.runtime import protocol
 from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected, Welcome
+from bough.waiting import wait
 
 if TYPE_CHECKING:
     from bough.recovery import RecoveringLink
@@ -226,6 +227,7 @@ def _selected(num_choices: int) -> Convert:
 
 
 def _now(future: Future[Any]) -> Any:
+    wait(future)
     failure = future.exception()
     if isinstance(failure, BoughError):
         raise failure.again()

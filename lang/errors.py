@@ -4,7 +4,8 @@
 
     BoughError
     ├── InvalidRequest (ValueError)     the program asked for something that cannot be; raised at once where it can
-    │   └── UnknownVariable (KeyError)  a variable that was never assigned
+    │   ├── UnknownVariable (KeyError)  a variable that was never assigned
+    │   └── BlockingRead                a read that would stop the event loop it waits for; await it instead
     ├── UnsupportedModel                the model folder is broken, unknown, or lacks what was asked of it
     ├── ContextOverflow                 the text is longer than the model's context; `details` holds both numbers
     ├── ResourceExhausted               the runtime has no memory left for this branch, and nothing to evict
@@ -73,6 +74,10 @@ class InvalidRequest(BoughError, ValueError):
 
 class UnknownVariable(InvalidRequest, KeyError):
     """A variable was read that no `gen`, `select` or `set_var` ever assigned."""
+
+
+class BlockingRead(InvalidRequest):
+    """A read, in a task of an event loop, that would block the loop which has to go on; await it instead."""
 
 
 class UnsupportedModel(BoughError):

@@ -24,6 +24,7 @@ from bough.pieces import Call, DecidedCall, GenCall, Item, Mark, SelectCall, Str
 from bough.runtime import protocol
 from bough.sampling import Sampling
 from bough.streaming import Feed
+from bough.waiting import wait
 
 
 class Lease:
@@ -251,7 +252,7 @@ class Interpreter:
         """Wait for a choice that the program takes itself, before the lock is taken: a cancel must get through."""
         undecided = self._undecided
         if undecided is not None:
-            undecided.reply.exception()
+            wait(undecided.reply)
 
     # ------------------------------------------------------------------------------------------ read
 
@@ -264,7 +265,7 @@ class Interpreter:
         for item in list(self.strand.items):
             if isinstance(item, (GenCall, SelectCall)):
                 for future in item.futures():
-                    future.exception()
+                    wait(future)
 
     def error(self) -> BoughError | None:
         """Wait until everything appended so far is done; return the first failure."""

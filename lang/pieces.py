@@ -15,12 +15,14 @@ from bough.backend import Delta, Generation
 from bough.choices import ChoicesDecision, ChoicesSamplingMethod, mean
 from bough.errors import BoughError, Cancelled, ProgramError, of
 from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
+from bough.waiting import wait
 
 T = TypeVar("T")
 
 
 def result_of(future: Future[T]) -> T:
     """Wait for a future; raise its failure as an error of its own for this read."""
+    wait(future)
     failure = future.exception()
     if failure is None:
         return future.result()
@@ -29,6 +31,7 @@ def result_of(future: Future[T]) -> T:
 
 def error_of(future: Future[Any]) -> BoughError | None:
     """Wait for a future; return its failure."""
+    wait(future)
     failure = future.exception()
     return None if failure is None else of(failure).again()
 

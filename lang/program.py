@@ -127,14 +127,13 @@ class Program:
         return state
 
     def _run_body(self, run: Run, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        run.thread_id = threading.get_ident()
+        run.begin()
         error: BaseException | None = None
         try:
             self._body(state, args, kwargs)
         except BaseException as raised:  # whatever ended the body is told to those who read
             error = raised
         finally:
-            run.thread_id = 0
             run.finish(error)
 
     # ------------------------------------------------------------------------------------------ batches

@@ -5,7 +5,6 @@ Appending never waits; a variable waits when it is read, and raises there what w
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -104,8 +103,8 @@ class State:
     def _find(self, name: str) -> Any:
         """Return what a variable holds; in a streaming run, wait until the body has assigned it or has ended."""
         run, feed = self._run, self._feed
-        # Other threads may wait for the body; the body itself would wait for ever.
-        if run is not None and feed is not None and run.thread_id != threading.get_ident():
+        # Others may wait for the body; the body itself would wait for ever.
+        if run is not None and feed is not None and not run.is_here:
             feed.wait_until(lambda: name in self._variables or run.finished)
         if name not in self._variables:
             self._raise_unknown(name)
@@ -292,7 +291,7 @@ class State:
     def _wait_for_body(self) -> None:
         """Wait for a body that runs in a thread of its own, unless the caller is that body."""
         run, feed = self._run, self._feed
-        if run is not None and feed is not None and run.thread_id != threading.get_ident():
+        if run is not None and feed is not None and not run.is_here:
             feed.wait_until(lambda: run.finished)
 
     def _raise_if_body_failed(self, what: str) -> None:

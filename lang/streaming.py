@@ -1,95 +1,103 @@
 """Reading a state's text while it grows.
 
-The program's body runs in one thread, deltas arrive in another, and any number of readers follow. Readers hold their
-own position in what there is so far, so no chunk can be lost or taken by another reader; a feed only tells them that
-there is more. The walk over the text is written once, as a generator that yields None where it would have to wait,
-and is driven by a waiting loop or by an awaiting one.
+The program's body runs in one thread (or on an event loop), deltas arrive in another, and any number of readers follow.
+Readers hold their own position in what there is so far, so no chunk can be lost or taken by another reader; a feed only
+tells them that there is more. The walk over the text is written once, as a generator that yields None where it would
+have to wait, and is driven by a waiting loop or by an awaiting one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from bough.backend import Delta
 from bough.errors import ProgramError
 from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, read
+from bough.waiting import until, until_async
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
     from bough.state import State
+
+_body_of: Final[ContextVar[Run | None]] = ContextVar("bough_body_of", default=None)
 
 
 class Feed:
-    """Tells readers that a state has more to read."""
+    """Tells readers that a state has more to read. `maker` is the event loop that the body runs on, while it does."""
 
-    __slots__ = ("_changed", "_once", "version")
+    __slots__ = ("_calls", "_lock", "maker", "version")
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._once: list[Callable[[], None]] = []
+    def __init__(self, maker: AbstractEventLoop | None = None) -> None:
+        self._lock = threading.Lock()
+        self._calls: list[Callable[[], None]] = []
+        self.maker = maker
         self.version = 0
 
     def notify(self) -> None:
         """Wake every reader."""
-        with self._changed:
+        with self._lock:
             self.version += 1
-            self._changed.notify_all()
-            calls, self._once = self._once, []
+            calls, self._calls = self._calls, []
         for call in calls:
             call()
 
+    def call_once(self, seen: int, call: Callable[[], None]) -> bool:
+        """Call back at the next news. Returns False, and never calls, if there is something newer than `seen`."""
+        with self._lock:
+            if self.version != seen:
+                return False
+            self._calls.append(call)
+            return True
+
     def wait(self, seen: int) -> None:
         """Return once there is something newer than `seen`."""
-        with self._changed:
-            while self.version == seen:
-                self._changed.wait()
+        until(partial(self.call_once, seen), self.maker)
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Return once the condition holds; whoever makes it hold notifies."""
-        with self._changed:
-            self._changed.wait_for(is_so)
+        while True:
+            seen = self.version  # read before the condition: what makes it hold in between is news
+            if is_so():
+                return
+            self.wait(seen)
 
     async def wait_async(self, seen: int) -> None:
         """Return once there is something newer than `seen`, leaving the event loop free."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-        with self._changed:
-            if self.version != seen:
-                return
-            self._once.append(lambda: _tell(loop, ready))
-        await ready.wait()
-
-
-def _tell(loop: object, ready: object) -> None:
-    import asyncio
-
-    assert isinstance(loop, asyncio.AbstractEventLoop)
-    assert isinstance(ready, asyncio.Event)
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(ready.set)
+        await until_async(partial(self.call_once, seen))
 
 
 class Run:
-    """A program's body running in a thread of its own, and how it ended."""
+    """A program's body that runs beside its readers, in a thread or on an event loop, and how it ended."""
 
-    __slots__ = ("_feeds", "_lock", "error", "finished", "thread_id")
+    __slots__ = ("_feeds", "_lock", "_maker", "error", "finished")
 
-    def __init__(self) -> None:
+    def __init__(self, maker: AbstractEventLoop | None = None) -> None:
         self._lock = threading.Lock()
         self._feeds: list[Feed] = []
+        self._maker = maker
         self.finished = False
         self.error: BaseException | None = None
-        self.thread_id = 0
 
     def new_feed(self) -> Feed:
         """Return a feed that also tells when the body ends."""
-        feed = Feed()
         with self._lock:
+            feed = Feed(None if self.finished else self._maker)
             self._feeds.append(feed)
         return feed
+
+    def begin(self) -> None:
+        """Note that the context this is called in, with what it starts, is the body: it never waits for itself."""
+        _body_of.set(self)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the caller is the body."""
+        return _body_of.get() is self
 
     def finish(self, error: BaseException | None) -> None:
         """Record how the body ended, and tell all readers."""
@@ -98,6 +106,7 @@ class Run:
             self.finished = True
             feeds, self._feeds = self._feeds, []
         for feed in feeds:
+            feed.maker = None
             feed.notify()
 
     def reached(self, what: str) -> None:

@@ -10,6 +10,7 @@ from bough.backend import Generation
 from bough.errors import BoughError
 from bough.pieces import GenCall, Mark, SelectCall, Strand
 from bough.runtime.protocol import Selected, Usage
+from bough.waiting import wait
 
 PREVIEW_LEN = 48
 
@@ -70,6 +71,7 @@ def _rows(strand: Strand) -> Iterator[str | GenCall | SelectCall | list[Strand]]
 def _call_line(call: GenCall | SelectCall, future: Future[Any], number: int, totals: list[int]) -> str:
     kind = "gen" if isinstance(call, GenCall) else "select"
     name = f"{kind} {call.name or '(unnamed)'}" + (f"[{number}]" if len(call.futures()) > 1 else "")
+    wait(future)
     failure = future.exception()
     if failure is not None:
         return f"{name}  failed: {type(failure).__name__}: {failure}"
