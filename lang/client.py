@@ -16,6 +16,7 @@ from bough.errors import BoughError, InvalidRequest
 from bough.link import Convert, Entry, Keys, Link
 from bough.runtime import protocol
 from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected, Welcome
+from bough.seeds import derived
 from bough.waiting import wait
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class RuntimeClient:
     def _use(self, link: Link | RecoveringLink) -> None:
         self._link = link
         self._branches = count(1)
+        self._runs = count(1)
         self._live: set[Branch] = set()
         self._finalizer = weakref.finalize(self, _close, link, self._live)
 
@@ -96,6 +98,11 @@ class RuntimeClient:
     def bytes_in(self) -> int:
         """Bytes received so far."""
         return self._link.bytes_in
+
+    def next_seed(self) -> int | None:
+        """Return the next run's seed if the runtime was started with one; the same for any client's first run."""
+        fixed = self.welcome.seed
+        return None if fixed is None else derived(fixed, next(self._runs))
 
     # ------------------------------------------------------------------------------------------ primitives
 

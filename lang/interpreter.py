@@ -7,7 +7,6 @@ no thread.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateRe
 from bough.pieces import Call, DecidedCall, GenCall, Item, Mark, SelectCall, Strand, Trunk, all_items, error_of
 from bough.runtime import protocol
 from bough.sampling import Sampling
+from bough.seeds import Path, Seeds, seeds_of_run
 from bough.streaming import Feed
 from bough.waiting import wait
 
@@ -60,7 +60,7 @@ class Interpreter:
         "_ancestors",
         "_closed",
         "_last_extend",
-        "_num_forks",
+        "_num_children",
         "_num_gens",
         "_path",
         "_sent",
@@ -71,11 +71,14 @@ class Interpreter:
         "lock",
         "role",
         "sampling",
+        "seeds",
         "strand",
         "trunk",
     )
 
-    def __init__(self, backend: Backend, sampling: Sampling, feed: Feed | None = None) -> None:
+    def __init__(
+        self, backend: Backend, sampling: Sampling, feed: Feed | None = None, *, seeds: Seeds | None = None
+    ) -> None:
         self.backend = backend
         self.sampling = sampling
         self.feed = feed
@@ -89,7 +92,9 @@ class Interpreter:
         self._ancestors: list[tuple[Branch, Sequence[Future[Any]]]] = []  # left behind by gens with n > 1
         self._undecided: DecidedCall | None = None  # not sent yet, it waits for its scores
         self._closed: BoughError | None = None
-        self._path = self._num_gens = self._num_forks = 0  # the place in the program, for seeds
+        self.seeds = seeds or seeds_of_run(sampling.params.seed, backend)
+        self._path: Path = ()  # the place in the program, with the two counts
+        self._num_gens = self._num_children = 0
 
     # ------------------------------------------------------------------------------------------ append
 
@@ -151,15 +156,15 @@ class Interpreter:
         return self._called(GenCall(gen.name, replies, chunks))
 
     def _params(self, gen: Gen) -> protocol.SamplingParams:
-        """Return the gen's parameters. A seed of the whole run gives every gen its own, by its place in the program.
+        """Return the gen's parameters; without a seed of its own it has one by its place in the program.
 
         Otherwise all branches of a fork would draw the same text.
         """
         params = self.sampling.params_with(gen.overrides)
         self._num_gens += 1
-        if params.seed is None or "seed" in gen.overrides:
+        if "seed" in gen.overrides:
             return params
-        return msgspec.structs.replace(params, seed=_derived(params.seed, self._path, self._num_gens))
+        return msgspec.structs.replace(params, seed=self.seeds.of_draw(self._path, self._num_gens))
 
     def _collector(self, chunks: list[Delta]) -> OnDelta:
         feed = self.feed
@@ -179,6 +184,7 @@ class Interpreter:
         old = self.lease.take()
         assert old is not None, "it was forked just now"
         self.lease.branch = branches[0]
+        self._path, self._num_children = (*self._path, self._num_children), 0
         self._ancestors = [(branch, left) for branch, left in self._ancestors if not _all_done(left)]
         self._ancestors.append((old, replies))
         backend, others, ended = self.backend, (old, *branches[1:]), count(1)
@@ -292,15 +298,14 @@ class Interpreter:
             self._check_open()
             self.flush()
             trunk = Trunk(self.trunk, self.strand, len(self.strand.items))
-            children = [Interpreter(self.backend, self.sampling) for _ in range(size)]
-            self._num_forks += 1
+            children = [Interpreter(self.backend, self.sampling, seeds=self.seeds) for _ in range(size)]
             branches = self.backend.fork(self._branch(), size)
-            for index, (child, branch) in enumerate(zip(children, branches, strict=True)):
+            for number, (child, branch) in enumerate(zip(children, branches, strict=True), self._num_children):
                 child.lease.branch = branch
                 child.trunk = trunk
                 child.role = self.role
-                if self.sampling.params.seed is not None:
-                    child._path = _derived(self._path, self._num_forks, index)
+                child._path = (*self._path, number)
+            self._num_children += size
             self.strand.forks.append((trunk.length, [child.strand for child in children]))
             return children
 
@@ -336,12 +341,6 @@ class Interpreter:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise self._closed.again()
-
-
-def _derived(*numbers: int) -> int:
-    """Return a seed (63 bits) that depends on all the numbers, and is the same on every machine."""
-    data = b"".join(number.to_bytes(8, "little") for number in numbers)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def _all_done(futures: Sequence[Future[Any]]) -> bool:

@@ -151,6 +151,10 @@ class Runtime:
 
     # ------------------------------------------------------------------------------------------ backend
 
+    def next_seed(self) -> int | None:
+        """Return the next run's seed if this runtime was given one."""
+        return self._client.next_seed()
+
     def open(self) -> Branch:
         """Start an empty branch."""
         return self._client.open()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, overload
 
+from bough import seeds
 from bough.backend import Backend, chosen, default_backend
 from bough.errors import InvalidRequest
 from bough.sampling import SAMPLING_NAMES, Sampling, count, sampling_from
@@ -67,6 +68,7 @@ class Program:
         frequency_penalty, presence_penalty, repetition_penalty, logit_bias, seed, ignore_eos, return_logprob,
         top_logprobs_num, timeout. Where a program has a parameter of such a name, it is the program's. From `seed` each
         gen gets a seed of its own, by its place in the program: the same run gives the same texts, its branches differ.
+        Without one, the run draws one: `state.seed` tells it, to run the same again.
         """
         target = chosen(backend)
         sampling, arguments = self._split(kwargs)
@@ -112,9 +114,11 @@ class Program:
     def _body(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the function; programs that it runs without a backend use this one."""
         token = default_backend.enter(state._interpreter.backend)
+        outer = seeds.enter(state._interpreter.seeds)
         try:
             state._return_value = self._func(state, *args, **{**self._bound, **kwargs})
         finally:
+            seeds.leave(outer)
             default_backend.leave(token)
 
     def _start(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:

@@ -229,6 +229,14 @@ class State:
         await _all_done([future for item in self._interpreter.items() for future in futures_of(item)])
         yield self.text()
 
+    @property
+    def seed(self) -> int:
+        """The run's seed, from which every gen has its own: given to `run`, or drawn when it began.
+
+        `again = program.run(..., seed=state.seed)` says the same, whatever else runs.
+        """
+        return self._interpreter.seeds.run
+
     def tree(self) -> str:
         """Wait for the run and draw it as text: branches, gens, and what was cached, computed and generated."""
         from bough.tree import draw

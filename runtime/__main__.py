@@ -186,6 +186,7 @@ def _build(
             credit=config.credit,
             heartbeat_s=config.heartbeat_s,
             lease_s=config.lease_s,
+            seed=config.seed,
         )
 
     server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned, journal=journal, wake_fd=wake_fd)

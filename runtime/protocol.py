@@ -415,7 +415,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class Welcome(_Message, frozen=True, tag="welcome"):
     """What runs here. `epoch` is drawn anew at every start: nothing of another epoch is valid.
 
-    `credit` is how many tokens a stream may be ahead of its grants.
+    `credit` is how many tokens a stream may be ahead of its grants. `seed` is the one that the runtime was started
+    with, None if it drew its own: then nobody asked for the same again.
     """
 
     op: int
@@ -434,6 +435,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     credit: int
     heartbeat_s: float
     lease_s: float
+    seed: int | None = None
 
 
 class Ok(_Message, frozen=True, tag="ok"):

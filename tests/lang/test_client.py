@@ -80,7 +80,7 @@ def test_everything_is_sent_before_anything_is_answered(peer: Loopback, client: 
     root = sent[0].branch
     assert [request.branch for request in sent] == [root] * 4 + [sent[3].children[0]] * 2 + [sent[3].children[1]] * 2
     assert sent[1].parts == [protocol.Text("a")]
-    assert sent[2].params == SamplingParams(max_tokens=3)
+    assert sent[2].params == SamplingParams(max_tokens=3, seed=sent[2].params.seed)
     assert len({request.op for request in sent}) == 8
     assert not s._interpreter.strand.items[1].replies[0].done()  # type: ignore[union-attr]
     peer.release()

@@ -71,13 +71,14 @@ def test_a_run_gives_defaults_to_every_gen_that_does_not_say_otherwise() -> None
         s += bo.gen("a") + bo.gen("b", temperature=0.5, stop="x", max_tokens=3, timeout=2)
 
     two.run(backend=backend, temperature=0, stop=["\n"], max_new_tokens=7, top_logprobs_num=2, timeout=9)
+    first, second = backend.params
     assert backend.params == [
-        SamplingParams(temperature=0.0, stop=("\n",), max_tokens=7, logprobs=2),
-        SamplingParams(temperature=0.5, stop=("x",), max_tokens=3, logprobs=2),
+        SamplingParams(seed=first.seed, temperature=0.0, stop=("\n",), max_tokens=7, logprobs=2),
+        SamplingParams(seed=second.seed, temperature=0.5, stop=("x",), max_tokens=3, logprobs=2),
     ]
     assert backend.timeouts == [9.0, 2.0]
     two.run(backend=backend)
-    assert backend.params[2] == SamplingParams()
+    assert backend.params[2] == SamplingParams(seed=backend.params[2].seed)
     state = two.run(backend=backend, n=2)
     assert state["a"] == ["ok", "ok"]
 
@@ -122,7 +123,37 @@ def test_a_runs_seed_gives_each_gen_its_own_and_the_same_again() -> None:
     assert seeds(1) == seeds(1)
     assert [one == other for one, other in zip(seeds(1), seeds(2), strict=True)].count(True) == 2  # seed=9, twice
     assert len(set(seeds(1))) == len(seeds(1)) - 1
-    assert set(seeds(None)) == {None, 9}
+    assert None not in seeds(None)
+    assert len({*seeds(None), *seeds(None)}) == 2 * len(seeds(None)) - 3, "each run draws its own; seed=9 is given"
+
+
+def test_a_run_without_a_seed_tells_the_one_that_it_drew() -> None:
+    @bo.function
+    def inside(s: bo.State) -> None:
+        s += bo.gen()
+
+    @bo.function
+    def outside(s: bo.State) -> None:
+        s += bo.gen()
+        s["seeds"] = [s.fork(1)[0].seed, inside.run().seed, inside.run().seed, inside.run(seed=4).seed]
+        with pytest.raises(ZeroDivisionError):
+            failing.run()
+
+    @bo.function
+    def failing(s: bo.State) -> None:
+        raise ZeroDivisionError
+
+    first, second = Params(), Params()
+    once = outside.run(backend=first)
+    again = outside.run(backend=second, seed=once.seed)
+    assert first.params == second.params
+    assert once["seeds"] == again["seeds"]
+    own, *nested = once["seeds"]
+    assert own == once.seed == again.seed
+    assert len({own, *nested}) == 4, "a run inside a run has a seed of its own, from the outer one"
+    assert nested[2] == 4
+    assert outside.run(backend=first).seed != once.seed
+    assert inside.run(backend=first).seed not in nested, "the outer run has ended"
 
 
 def test_a_programs_own_parameter_wins_over_a_sampling_name() -> None:
@@ -133,7 +164,7 @@ def test_a_programs_own_parameter_wins_over_a_sampling_name() -> None:
         s += f"{n} {temperature}" + bo.gen("x")
 
     assert several.run(n=3, temperature="hot", top_p=0.5, backend=backend).text() == "3 hotok"
-    assert backend.params == [SamplingParams(top_p=0.5)]
+    assert backend.params == [SamplingParams(top_p=0.5, seed=backend.params[0].seed)]
 
 
 def test_a_program_with_any_keywords_still_gets_sampling_defaults_apart() -> None:

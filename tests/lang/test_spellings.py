@@ -101,6 +101,7 @@ def test_run_takes_every_sampling_argument_too() -> None:
         SamplingParams(
             max_tokens=5, min_tokens=1, stop=(".",), stop_token_ids=(2,), stop_regex=("a+",), temperature=0.5,
             top_p=0.9, top_k=3, min_p=0.1, frequency_penalty=0.1, presence_penalty=0.2, ignore_eos=True, logprobs=2,
+            seed=seen[0].seed,
         )
     ]  # fmt: skip
 
