@@ -13,12 +13,13 @@
         print(answer.run("What is 17 + 25?", backend=rt)["answer"])
 
 The map of this folder: a *program* (program.py, batch.py) runs with a *state* (state.py; group.py, scopes.py, tree.py,
-streaming.py are its parts) and appends *expressions* (expressions.py, sampling.py). The state's *interpreter*
-(interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py): the runtime
-reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one; recovery.py and
-record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects, reasoning.py
-parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. errors.py is the tree of what can
-go wrong. cli.py is the `bough` command.
+streaming.py, awaiting.py are its parts) and appends *expressions* (expressions.py, sampling.py). The state's
+*interpreter* (interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py):
+the runtime reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one;
+recovery.py and record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects,
+reasoning.py parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. Whatever waits does so
+in waiting.py, on an event loop by way of onloop.py. errors.py is the tree of what can go wrong. cli.py is the `bough`
+command.
 """
 
 from __future__ import annotations

@@ -95,6 +95,12 @@ class Group(Sequence[State]):
         finally:
             self._release()
 
+    async def ajoin(self, mode: JoinMode = "gather_variable") -> None:
+        """Join, leaving the event loop free while the states are waited for; see `join`."""
+        from bough.onloop import on_loop  # asyncio is not imported before somebody awaits
+
+        await on_loop(self.join, mode)
+
     def _gather(self) -> None:
         names = dict.fromkeys(name for state in self._states for name in state._assigned)
         for name in names:

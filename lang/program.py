@@ -34,8 +34,11 @@ class Program:
             raise InvalidRequest(
                 f"{func.__name__}: a program's first parameter is its state, as in def {func.__name__}(s)"
             )
-        if inspect.iscoroutinefunction(func):
-            raise InvalidRequest(f"{func.__name__}: async def programs are not supported yet")
+        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise InvalidRequest(
+                f"{func.__name__}: a program returns, it cannot yield; its text is what it appends to its state"
+            )
+        self._is_async = inspect.iscoroutinefunction(func)
         self._names = frozenset(parameter.name for parameter in parameters[1:])
         for name in _RESERVED:
             if name in self._names:
@@ -78,6 +81,26 @@ class Program:
         self._body(state, args, arguments)
         return state
 
+    async def arun(self, *args: Any, stream: bool = False, backend: Backend | None = None, **kwargs: Any) -> State:
+        """Run the program on the running event loop, without a thread, and return its state; else as `run`.
+
+        ::
+
+            states = await asyncio.gather(*[answer.arun(question, backend=backend) for question in questions])
+            print(await states[0].get("answer"))
+
+        The program may be `async def` or not: where it reads what is not there yet, the loop goes on with others. With
+        `stream=True` it returns at once, and `async for chunk in state.text_async_iter()` follows it. If the task is
+        cancelled, so is what the program left running.
+        """
+        target = chosen(backend)
+        sampling, arguments = self._split(kwargs)
+        if stream:
+            return self._start_on_loop(target, sampling, args, arguments)
+        state = State(target, sampling, title=self._func.__name__)
+        await self._on_loop(state, args, arguments)
+        return state
+
     def run_batch(
         self,
         batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
@@ -113,6 +136,10 @@ class Program:
 
     def _body(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the function; programs that it runs without a backend use this one."""
+        if self._is_async:
+            from bough.onloop import block_on
+
+            return block_on(lambda: self._async_body(state, args, kwargs), self._func.__name__)
         token = default_backend.enter(state._interpreter.backend)
         outer = seeds.enter(state._interpreter.seeds)
         try:
@@ -120,6 +147,28 @@ class Program:
         finally:
             seeds.leave(outer)
             default_backend.leave(token)
+
+    async def _async_body(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        token = default_backend.enter(state._interpreter.backend)
+        try:
+            state._return_value = await self._func(state, *args, **{**self._bound, **kwargs})
+        finally:
+            default_backend.leave(token)
+
+    async def _on_loop(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Run the function on the running event loop; if it is ended from outside, end what it left running."""
+        from bough.onloop import in_body, on_loop
+
+        try:
+            if self._is_async:
+                await in_body(self._async_body(state, args, kwargs))
+            else:
+                await on_loop(self._body, state, args, kwargs)
+        except Exception:
+            raise
+        except BaseException:  # cancelled, interrupted
+            state.cancel()
+            raise
 
     def _start(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:
         self._signature.bind(None, *args, **{**self._bound, **kwargs})
@@ -137,6 +186,30 @@ class Program:
             self._body(state, args, kwargs)
         except BaseException as raised:  # whatever ended the body is told to those who read
             error = raised
+        finally:
+            run.finish(error)
+
+    def _start_on_loop(
+        self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> State:
+        import asyncio
+
+        self._signature.bind(None, *args, **{**self._bound, **kwargs})
+        loop = asyncio.get_running_loop()
+        run = Run(loop)
+        state = State(backend, sampling, title=self._func.__name__, run=run)
+        run.task = loop.create_task(self._run_on_loop(run, state, args, kwargs))
+        return state
+
+    async def _run_on_loop(self, run: Run, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        run.begin()
+        error: BaseException | None = None
+        try:
+            await self._on_loop(state, args, kwargs)
+        except BaseException as raised:  # whatever ended the body is told to those who read
+            error = raised
+            if not isinstance(raised, Exception):
+                raise
         finally:
             run.finish(error)
 

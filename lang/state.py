@@ -5,15 +5,15 @@ Appending never waits; a variable waits when it is read, and raises there what w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bough.awaiting import AsyncReads
 from bough.backend import Backend
 from bough.errors import InvalidRequest, UnknownVariable
 from bough.expressions import Expression, SeparateReasoning, pieces_of
 from bough.interpreter import Interpreter
-from bough.pieces import LAZY, Derived, Span, futures_of, messages_of, read, text_of
+from bough.pieces import LAZY, Derived, Span, messages_of, read, text_of
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.streaming import Feed, Run, iterate, iterate_async
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="State")
 
 
-class State:
+class State(AsyncReads):
     """One growing text with its variables.
 
     `s += text_or_expression` appends; `s["x"]` reads the variable x, waiting for it; `s.fork(n)` branches. A state may
@@ -119,23 +119,6 @@ class State:
         """Wait for a variable and return its value."""
         return self[name]
 
-    async def aget(self, name: str) -> Any:
-        """Return a variable's value without blocking the event loop."""
-        value = self._find(name) if self._feed is None or name in self._variables else await self._find_async(name)
-        if isinstance(value, LAZY):
-            if isinstance(value, Span):
-                self._interpreter.flush()
-            await _all_done(value.futures())
-        return read(value)
-
-    async def _find_async(self, name: str) -> Any:
-        assert self._feed is not None, "only a streaming run has variables that are yet to come"
-        while name not in self._variables and not self._body_finished():
-            seen = self._feed.version
-            if name not in self._variables and not self._body_finished():
-                await self._feed.wait_async(seen)
-        return self._find(name)
-
     def __setitem__(self, name: str, value: Any) -> None:
         """Assign a variable; the text does not change."""
         if not isinstance(name, str) or not name:
@@ -222,12 +205,7 @@ class State:
         return self._text_once(var_name)
 
     async def _text_once(self, name: str | None) -> AsyncIterator[str]:
-        if name is not None:
-            yield str(await self.aget(name))
-            return
-        self._interpreter.flush()
-        await _all_done([future for item in self._interpreter.items() for future in futures_of(item)])
-        yield self.text()
+        yield await self.atext() if name is None else str(await self.get(name))
 
     @property
     def seed(self) -> int:
@@ -294,7 +272,8 @@ class State:
     # ------------------------------------------------------------------------------------------ the body's thread
 
     def _body_finished(self) -> bool:
-        return self._run is None or self._run.finished
+        """Whether nothing more will come, as far as the caller can wait: a body cannot wait for its own end."""
+        return self._run is None or self._run.finished or self._run.is_here
 
     def _wait_for_body(self) -> None:
         """Wait for a body that runs in a thread of its own, unless the caller is that body."""
@@ -305,12 +284,3 @@ class State:
     def _raise_if_body_failed(self, what: str) -> None:
         if self._run is not None:
             self._run.reached(what)
-
-
-async def _all_done(futures: Sequence[Future[Any]]) -> None:
-    """Wait for futures without raising; a cancelled wait leaves the operations alone."""
-    import asyncio
-
-    waiting = [asyncio.wrap_future(future) for future in futures]
-    if waiting:
-        await asyncio.shield(asyncio.gather(*waiting, return_exceptions=True))

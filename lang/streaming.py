@@ -20,7 +20,7 @@ from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, read
 from bough.waiting import until, until_async
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
+    from asyncio import AbstractEventLoop, Task
 
     from bough.state import State
 
@@ -74,7 +74,7 @@ class Feed:
 class Run:
     """A program's body that runs beside its readers, in a thread or on an event loop, and how it ended."""
 
-    __slots__ = ("_feeds", "_lock", "_maker", "error", "finished")
+    __slots__ = ("_feeds", "_lock", "_maker", "error", "finished", "task")
 
     def __init__(self, maker: AbstractEventLoop | None = None) -> None:
         self._lock = threading.Lock()
@@ -82,6 +82,8 @@ class Run:
         self._maker = maker
         self.finished = False
         self.error: BaseException | None = None
+        self.task: Task[None] | None = None
+        """What runs the body on an event loop, which itself keeps only weak references."""
 
     def new_feed(self) -> Feed:
         """Return a feed that also tells when the body ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -194,11 +195,15 @@ def test_what_cannot_be_a_program_is_refused_at_the_decorator() -> None:
     with pytest.raises(bo.InvalidRequest, match="'backend' is taken by run"):
         bo.function(lambda s, backend: None)
 
-    async def later(s: bo.State) -> None:
-        s += "x"
+    def generates(s: bo.State) -> Iterator[str]:
+        yield "x"
 
-    with pytest.raises(bo.InvalidRequest, match="async def programs are not supported yet"):
-        bo.function(later)
+    async def generates_later(s: bo.State) -> AsyncIterator[str]:
+        yield "x"
+
+    for function in (generates, generates_later):
+        with pytest.raises(bo.InvalidRequest, match="a program returns, it cannot yield"):
+            bo.function(function)
 
 
 def test_an_exception_of_the_body_is_the_callers() -> None:
