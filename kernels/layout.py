@@ -1,0 +1,29 @@
+"""Where the queries and the KV of one step's sequences lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayout:
+    """Where the queries and the KV of each sequence of a step lie; all arrays int32 on the host.
+
+    qo_indptr: (num_seqs + 1,), sequence b owns queries qo_indptr[b]:qo_indptr[b+1], at the end of its tokens.
+    kv_indptr: (num_seqs + 1,) into kv_indices, the page ids: page i of a sequence holds positions
+    [i * page_size, (i + 1) * page_size). kv_lens: (num_seqs,) tokens of each sequence, the new ones included.
+    is_decode: (num_seqs,) bool, which sequences take the decode path; they have one query each. All else is prefill:
+    the two paths sum in different orders, so the caller says which one a token belongs to.
+    """
+
+    qo_indptr: Int32Array
+    kv_indptr: Int32Array
+    kv_indices: Int32Array
+    kv_lens: Int32Array
+    is_decode: npt.NDArray[np.bool_]
+    page_size: int
