@@ -49,6 +49,7 @@ from bough.errors import (
     RuntimeLost,
     Timeout,
     UnknownVariable,
+    UnsupportedByBackend,
     UnsupportedModel,
 )
 from bough.expressions import (
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from bough.client import RuntimeClient
     from bough.endpoint import RuntimeEndpoint
     from bough.launch import Runtime
+    from bough.openai import OpenAI
 
 __version__ = "0.1.0"
 
@@ -103,6 +105,10 @@ def __getattr__(name: str) -> Any:
         from bough.launch import Runtime
 
         return Runtime
+    if name == "OpenAI":
+        from bough.openai import OpenAI
+
+        return OpenAI
     if name == "RuntimeEndpoint":
         from bough.endpoint import RuntimeEndpoint
 
@@ -124,6 +130,7 @@ __all__ = [
     "Generation",
     "Group",
     "InvalidRequest",
+    "OpenAI",
     "Overloaded",
     "Program",
     "ProgramError",
@@ -138,6 +145,7 @@ __all__ = [
     "State",
     "Timeout",
     "UnknownVariable",
+    "UnsupportedByBackend",
     "UnsupportedModel",
     "assistant",
     "assistant_begin",

@@ -6,6 +6,7 @@
     ├── InvalidRequest (ValueError)     the program asked for something that cannot be; raised at once where it can
     │   ├── UnknownVariable (KeyError)  a variable that was never assigned
     │   └── BlockingRead                a read that would stop the event loop it waits for; await it instead
+    ├── UnsupportedByBackend            the backend cannot do what was asked; `details["capability"]` says what
     ├── UnsupportedModel                the model folder is broken, unknown, or lacks what was asked of it
     ├── ContextOverflow                 the text is longer than the model's context; `details` holds both numbers
     ├── ResourceExhausted               the runtime has no memory left for this branch, and nothing to evict
@@ -82,6 +83,10 @@ class BlockingRead(InvalidRequest):
 
 class UnsupportedModel(BoughError):
     """The model cannot be loaded, or cannot do what was asked (no chat template, no such role)."""
+
+
+class UnsupportedByBackend(BoughError):
+    """The backend cannot do what was asked, and does not pretend to; `details["capability"]` names what it lacks."""
 
 
 class ContextOverflow(BoughError):
