@@ -20,6 +20,10 @@ recovery.py and record.py start another when it dies) or a script (scripted.py, 
 reasoning.py parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. Whatever waits does so
 in waiting.py, on an event loop by way of onloop.py. errors.py is the tree of what can go wrong. cli.py is the `bough`
 command.
+
+What a gen is held to (constraint.py): grammars are values (grammars.py; lark_source.py writes them for the runtime,
+matching.py reads texts against them, samples.py makes texts); types are written and read by typed.py (scalars.py,
+schemas.py; partial.py and growth.py while they are written, var.py names their results).
 """
 
 from __future__ import annotations
@@ -42,12 +46,14 @@ from bough.errors import (
     Cancelled,
     ContextOverflow,
     InvalidRequest,
+    InvalidValue,
     Overloaded,
     ProgramError,
     ProtocolMismatch,
     ResourceExhausted,
     RuntimeLost,
     Timeout,
+    Truncated,
     UnknownVariable,
     UnsupportedByBackend,
     UnsupportedModel,
@@ -69,12 +75,30 @@ from bough.expressions import (
     user_begin,
     user_end,
 )
+from bough.grammars import (
+    Grammar,
+    capture,
+    json_schema,
+    json_type,
+    lark,
+    lit,
+    many,
+    of_type,
+    one_of,
+    optional,
+    rule,
+    rx,
+    separated,
+    substring_of,
+    until,
+)
 from bough.group import Group
 from bough.program import Program, function
 from bough.reasoning import ReasoningFormat, separate_reasoning
 from bough.scripted import ScriptedBackend
 from bough.spellings import NOT_HERE, gen_int, gen_string, image, video
 from bough.state import State
+from bough.var import Var
 
 if TYPE_CHECKING:
     from bough.client import RuntimeClient
@@ -128,8 +152,10 @@ __all__ = [
     "ContextOverflow",
     "Expression",
     "Generation",
+    "Grammar",
     "Group",
     "InvalidRequest",
+    "InvalidValue",
     "OpenAI",
     "Overloaded",
     "Program",
@@ -144,12 +170,15 @@ __all__ = [
     "ScriptedBackend",
     "State",
     "Timeout",
+    "Truncated",
     "UnknownVariable",
     "UnsupportedByBackend",
     "UnsupportedModel",
+    "Var",
     "assistant",
     "assistant_begin",
     "assistant_end",
+    "capture",
     "errors",
     "flush_cache",
     "function",
@@ -159,17 +188,30 @@ __all__ = [
     "get_server_info",
     "greedy_token_selection",
     "image",
+    "json_schema",
+    "json_type",
+    "lark",
+    "lit",
+    "many",
+    "of_type",
+    "one_of",
+    "optional",
     "role",
     "role_begin",
     "role_end",
+    "rule",
+    "rx",
     "select",
     "separate_reasoning",
+    "separated",
     "set_default_backend",
+    "substring_of",
     "system",
     "system_begin",
     "system_end",
     "token_length_normalized",
     "unconditional_likelihood_normalized",
+    "until",
     "user",
     "user_begin",
     "user_end",

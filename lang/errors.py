@@ -6,6 +6,8 @@
     ├── InvalidRequest (ValueError)     the program asked for something that cannot be; raised at once where it can
     │   ├── UnknownVariable (KeyError)  a variable that was never assigned
     │   └── BlockingRead                a read that would stop the event loop it waits for; await it instead
+    ├── Truncated                       a gen ended before its text was whole; `details` holds what there is
+    ├── InvalidValue (ValueError)       a text of the right form that a type's own checks refuse
     ├── UnsupportedByBackend            the backend cannot do what was asked; `details["capability"]` says what
     ├── UnsupportedModel                the model folder is broken, unknown, or lacks what was asked of it
     ├── ContextOverflow                 the text is longer than the model's context; `details` holds both numbers
@@ -79,6 +81,17 @@ class UnknownVariable(InvalidRequest, KeyError):
 
 class BlockingRead(InvalidRequest):
     """A read, in a task of an event loop, that would block the loop which has to go on; await it instead."""
+
+
+class Truncated(BoughError):
+    """A constrained gen ended before its text was whole: `details["text"]` is what there is, `finish_reason` says why.
+
+    More `max_tokens`, or `on_limit="close"`, prevents it. The text stays in the state.
+    """
+
+
+class InvalidValue(BoughError, ValueError):
+    """A text that has the form of a type, which the type's own checks (a validator, a `__post_init__`) refuse."""
 
 
 class UnsupportedModel(BoughError):

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from bough.choices import ChoicesSamplingMethod, literal, token_length_normalized
 from bough.errors import InvalidRequest
 from bough.runtime.protocol import CHOICE_METHODS, MAX_CHOICES, ChoiceMethod
 from bough.sampling import count, refuse_unsupported, sampling_overrides, seconds
+
+if TYPE_CHECKING:
+    from bough.constraint import Constraint, OnLimit
+    from bough.grammars import Grammar
 
 ChoicesMethod: TypeAlias = "ChoiceMethod | ChoicesSamplingMethod"
 
@@ -45,6 +49,7 @@ class Gen(Expression):
     overrides: Mapping[str, Any]
     n: int | None
     timeout_s: float | None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +136,26 @@ def gen(
     return_text_in_logprobs: bool | None = None,
     choices: Sequence[str] | None = None,
     choices_method: ChoicesMethod | None = None,
+    regex: str | None = None,
+    json_schema: str | Mapping[str, Any] | type[Any] | None = None,
+    grammar: Grammar | str | None = None,
+    type: Any = None,
+    dtype: type[Any] | None = None,
+    on_limit: OnLimit | None = None,
     timeout: float | None = None,
     **unsupported: object,
 ) -> Gen | Select:
     """Let the model write here, and call what it writes `name`.
+
+    What it writes can be held to one of these, and is whole or raises Truncated where it is read:
+
+    *   `regex`: a regular expression (`bough.rx` says of which dialect);
+    *   `json_schema`: a JSON schema, as a dict, its JSON text or a pydantic model; the result is the JSON text;
+    *   `grammar`: a grammar of `bough.grammars`, whose captures become variables as well, or Lark source;
+    *   `type`: a type, of which the result is a value: `gen("age", type=int)`, `gen("who", type=list[Person])`;
+    *   `dtype`: int, float, str or bool as in SGLang; the result is a text.
+
+    `on_limit="close"` has a text that meets `max_tokens` closed in the shortest way that the grammar allows.
 
     None means the run's default, then `SamplingParams`' (128 tokens, temperature 1). `n` > 1 gives a list of n values;
     the text goes on with the first (with a `seed`, the i-th uses seed + i). `timeout` is in seconds. With `choices`
@@ -166,10 +187,44 @@ def gen(
         "return_text_in_logprobs": return_text_in_logprobs,
     }
     if choices is not None:
-        return _gen_as_select(name, choices, choices_method, timeout, {**given, "n": n})
+        held = {"regex": regex, "json_schema": json_schema, "grammar": grammar, "type": type, "dtype": dtype}
+        return _gen_as_select(name, choices, choices_method, timeout, {**given, "n": n, **held, "on_limit": on_limit})
     if choices_method is not None:
         raise InvalidRequest("choices_method needs choices", field="choices_method")
-    return Gen(_variable(name), sampling_overrides(given), count("n", n), seconds("timeout", timeout))
+    constraint = None
+    if any(value is not None for value in (regex, json_schema, grammar, type, dtype, on_limit)):
+        constraint = _constraint(name, given, regex, json_schema, grammar, type, dtype, on_limit)
+    return Gen(_variable(name), sampling_overrides(given), count("n", n), seconds("timeout", timeout), constraint)
+
+
+def _constraint(
+    name: str | None,
+    given: Mapping[str, object],
+    regex: str | None,
+    json_schema: object,
+    grammar: object,
+    type: Any,
+    dtype: Any,
+    on_limit: OnLimit | None,
+) -> Constraint | None:
+    """Return what the gen is held to. Raises InvalidRequest if other arguments cannot go with it."""
+    from bough.constraint import constraint_of
+
+    constraint = constraint_of(
+        regex=regex, json_schema=json_schema, grammar=grammar, type=type, dtype=dtype, on_limit=on_limit
+    )
+    if constraint is None or constraint.wire is None:
+        return constraint
+    if given["ignore_eos"]:
+        raise InvalidRequest(
+            "ignore_eos cannot go with a grammar, which says itself where a text ends", field="ignore_eos"
+        )
+    for field in ("stop", "stop_regex"):
+        if given[field] and constraint.wire.kind == "json_schema":
+            raise InvalidRequest(f"{field} would cut JSON, which ends by itself", field=field)
+    if name is not None and name in (constraint.names or ()):
+        raise InvalidRequest(f"{name!r} is both the gen's name and a capture of its grammar", field="name")
+    return constraint
 
 
 def _gen_as_select(

@@ -145,15 +145,20 @@ class Interpreter:
         chunks: list[Delta] | None = None if self.feed is None else []
         branches = [self._branch()] if n == 1 else self.backend.fork(self._branch(), n)
         replies = []
+        grammar = None if gen.constraint is None else gen.constraint.wire
         for index, branch in enumerate(branches):
             if index and params.seed is not None:
                 params = msgspec.structs.replace(params, seed=(params.seed + 1) % protocol.MAX_ID)
             on_delta = None if chunks is None or index else self._collector(chunks)
             timeout_s = gen.timeout_s or self.sampling.timeout_s
-            replies.append(self.backend.generate(branch, params, name=gen.name, on_delta=on_delta, timeout_s=timeout_s))
+            replies.append(
+                self.backend.generate(
+                    branch, params, name=gen.name, on_delta=on_delta, timeout_s=timeout_s, grammar=grammar
+                )
+            )
         if n > 1:
             self._continue_on_first(branches, replies)
-        return self._called(GenCall(gen.name, replies, chunks))
+        return self._called(GenCall(gen.name, replies, chunks, gen.constraint))
 
     def _params(self, gen: Gen) -> protocol.SamplingParams:
         """Return the gen's parameters; without a seed of its own it has one by its place in the program.
@@ -161,6 +166,8 @@ class Interpreter:
         Otherwise all branches of a fork would draw the same text.
         """
         params = self.sampling.params_with(gen.overrides)
+        if gen.constraint is not None:
+            params = gen.constraint.params(params)
         self._num_gens += 1
         if "seed" in gen.overrides:
             return params

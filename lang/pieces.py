@@ -9,13 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from bough.backend import Delta, Generation
 from bough.choices import ChoicesDecision, ChoicesSamplingMethod, mean
 from bough.errors import BoughError, Cancelled, ProgramError, of
 from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
 from bough.waiting import wait
+
+if TYPE_CHECKING:
+    from bough.constraint import Constraint
 
 T = TypeVar("T")
 
@@ -61,13 +64,20 @@ class Mark:
 class GenCall:
     """A `gen` in flight or done: n futures of which the text continues with the first."""
 
-    __slots__ = ("chunks", "name", "replies")
+    __slots__ = ("chunks", "constraint", "name", "replies")
 
-    def __init__(self, name: str | None, replies: Sequence[Future[Generation]], chunks: list[Delta] | None) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        replies: Sequence[Future[Generation]],
+        chunks: list[Delta] | None,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.name = name
         self.replies = replies
         self.chunks = chunks
         """The text so far while it streams; None where it does not."""
+        self.constraint = constraint
 
     def futures(self) -> Sequence[Future[Any]]:
         """Return what has to be done before this can be read."""
@@ -77,11 +87,22 @@ class GenCall:
         """Wait for the text that was appended."""
         return result_of(self.replies[0]).text
 
-    def value(self) -> str | list[str]:
-        """Wait for the variable's value: the text, or for n > 1 the list of texts."""
-        if len(self.replies) == 1:
-            return result_of(self.replies[0]).text
-        return [result_of(reply).text for reply in self.replies]
+    def value(self) -> Any:
+        """Wait for the variable's value: the text, or what its type makes of it; for n > 1 the list of them.
+
+        Raises Truncated if a constrained text was cut short.
+        """
+        values = [self._value(result_of(reply)) for reply in self.replies]
+        return values[0] if len(values) == 1 else values
+
+    def _value(self, done: Generation) -> Any:
+        return done.text if self.constraint is None else self.constraint.value(done)
+
+    def captured(self, name: str) -> Any:
+        """Wait for what a capture of the gen's grammar holds; for n > 1 the list of them."""
+        assert self.constraint is not None, "only a grammar captures"
+        found = [self.constraint.captures(result_of(reply)).get(name) for reply in self.replies]
+        return found[0] if len(found) == 1 else found
 
     def meta(self) -> dict[str, Any] | list[dict[str, Any]]:
         """Wait for what the call cost and why it ended; for n > 1 a list."""
@@ -212,6 +233,28 @@ class Derived:
         return self._call.meta()
 
 
+class Captured:
+    """A variable that a capture in a gen's grammar names."""
+
+    __slots__ = ("_call", "_name")
+
+    def __init__(self, call: GenCall, name: str) -> None:
+        self._call = call
+        self._name = name
+
+    def futures(self) -> Sequence[Future[Any]]:
+        """Return what has to be done before this can be read."""
+        return self._call.futures()
+
+    def value(self) -> Any:
+        """Wait for the gen, and return what was captured."""
+        return self._call.captured(self._name)
+
+    def meta(self) -> Any:
+        """Return the gen's meta information."""
+        return self._call.meta()
+
+
 class Gathered:
     """A variable that a join collected: one value per branch, None where a branch did not assign it."""
 
@@ -231,7 +274,8 @@ class Gathered:
     def meta(self) -> list[Any]:
         """Return each branch's meta information, None where there is none."""
         return [
-            cell.meta() if isinstance(cell, (GenCall, SelectCall, Derived, Gathered)) else None for cell in self.cells
+            cell.meta() if isinstance(cell, (GenCall, SelectCall, Derived, Captured, Gathered)) else None
+            for cell in self.cells
         ]
 
 
@@ -254,12 +298,28 @@ class Span:
 
 Call: TypeAlias = GenCall | SelectCall
 Item: TypeAlias = str | Mark | GenCall | SelectCall
-LAZY = (GenCall, SelectCall, Derived, Gathered, Span)
+LAZY = (GenCall, SelectCall, Derived, Captured, Gathered, Span)
+
+
+def variables_of(call: Call) -> Iterator[tuple[str, GenCall | SelectCall | Captured]]:
+    """Yield the variables that a call assigns: its own name, and the captures of its grammar."""
+    if call.name is not None:
+        yield call.name, call
+    if isinstance(call, GenCall) and call.constraint is not None:
+        for name in call.constraint.names or ():
+            yield name, Captured(call, name)
 
 
 def read(value: object) -> Any:
     """Return a variable's value, waiting for it if need be."""
     return value.value() if isinstance(value, LAZY) else value
+
+
+def written(value: object) -> str:
+    """Return a variable's value as text: of a gen what the model wrote, waiting for it if need be."""
+    if isinstance(value, GenCall) and len(value.replies) == 1:
+        return value.text()
+    return str(read(value))
 
 
 def text_of(items: Sequence[Item]) -> str:

@@ -27,7 +27,7 @@ _EXTRA_NAMES: Final = frozenset(
 SAMPLING_NAMES: Final = (frozenset(SamplingParams.__struct_fields__) - {"logprobs"}) | _EXTRA_NAMES
 
 # SGLang's names that are not built yet, or that can have no meaning here.
-NOT_SUPPORTED: Final = frozenset({"dtype", "regex", "json_schema", "type", "ebnf"})
+NOT_SUPPORTED: Final = frozenset({"ebnf"})
 
 
 @dataclass(frozen=True, slots=True)

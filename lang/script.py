@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bough.errors import BackendError
 from bough.runtime.protocol import FinishReason, Grammar, SamplingParams
+
+if TYPE_CHECKING:
+    from bough.matching import Acceptor
 
 Reply: TypeAlias = "str | Callable[[str, Any], str]"
 Replies: TypeAlias = "Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[str, SamplingParams], str]"
@@ -86,29 +88,15 @@ def cut(reply: str, params: SamplingParams) -> tuple[str, FinishReason, str | No
     return text, "stop", stop
 
 
-def check_reply(text: str, grammar: Grammar) -> None:
-    """Raise BackendError if a grammar excludes this reply, as far as that can be told without the runtime.
+def check_reply(text: str, grammar: Grammar) -> Acceptor:
+    """Return what reads the grammar. Raises BackendError if it excludes this reply, saying from where on."""
+    from bough.matching import acceptor_of_wire
 
-    Choices exactly; a JSON schema by whether the text is JSON; a regular expression where Python knows it too.
-    """
     grammar.check()
-    if _fits(text, grammar) is False:
-        raise BackendError(f"the script says {text!r}, which does not match the {grammar.kind} {grammar.source!r}")
-
-
-def _fits(text: str, grammar: Grammar) -> bool | None:
-    try:
-        match grammar.kind:
-            case "choices":
-                return text in json.loads(grammar.source)
-            case "json_schema":
-                json.loads(text)
-            case "regex":
-                return re.fullmatch(grammar.source, text) is not None
-            case "lark":
-                return None
-    except re.error:
-        return None
-    except ValueError:
-        return False
-    return True
+    acceptor = acceptor_of_wire(grammar)
+    data = text.encode()
+    if acceptor.accepts(data):
+        return acceptor
+    fits = len(data[: acceptor.length(data)].decode(errors="ignore"))
+    what = "ends too early for" if fits == len(text) else f"from {text[fits : fits + 20]!r} on does not match"
+    raise BackendError(f"the script says {text!r}, which {what} the {grammar.kind} {grammar.source[:200]!r}")

@@ -199,13 +199,12 @@ class ScriptedBackend:
     ) -> Future[Generation]:
         """Append the next reply of the script, cut at stop strings and after `max_tokens` words.
 
-        A reply that a grammar of choices, JSON or a plain regular expression excludes is an error of the script.
+        A reply that the grammar excludes is an error of the script. One that `max_tokens` cuts is not closed.
         """
 
         def work(target: _Branch) -> Generation:
             said = self._script.reply(name, target.whole, params)
-            if grammar is not None:
-                check_reply(said, grammar)
+            acceptor = None if grammar is None else check_reply(said, grammar)
             text, reason, stop = cut(said, params)
             words = text.split() if params.logprobs is None and on_delta is None else words_of(text)
             ids = [zlib.crc32(word.encode()) & 0x7FFF for word in words]
@@ -219,7 +218,7 @@ class ScriptedBackend:
             usage = self._used(target, len(words))
             target.append(text)
             target.compute()
-            is_whole = grammar is None or text == said
+            is_whole = acceptor is None or acceptor.accepts(text.encode())
             return Generation(text, ids, reason, stop, target.length, usage, logprobs, is_whole)
 
         return self._submit(branch, work)

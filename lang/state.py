@@ -5,22 +5,35 @@ Appending never waits; a variable waits when it is read, and raises there what w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from bough.awaiting import AsyncReads
 from bough.backend import Backend
 from bough.errors import InvalidRequest, UnknownVariable
-from bough.expressions import Expression, SeparateReasoning, pieces_of
+from bough.expressions import Expression, Piece, SeparateReasoning, gen, pieces_of
 from bough.interpreter import Interpreter
-from bough.pieces import LAZY, Derived, Span, messages_of, read, text_of
+from bough.pieces import (
+    LAZY,
+    Call,
+    Derived,
+    GenCall,
+    Span,
+    messages_of,
+    read,
+    text_of,
+    variables_of,
+    written,
+)
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.streaming import Feed, Run, iterate, iterate_async
 
 if TYPE_CHECKING:
     from bough.group import Copy, Group
     from bough.scopes import RoleScope, VarScope
+    from bough.var import Var
 
+T = TypeVar("T")
 S = TypeVar("S", bound="State")
 
 
@@ -48,16 +61,39 @@ class State(AsyncReads):
 
     def __iadd__(self: S, other: str | Expression) -> S:
         """Append text or an expression. Raises InvalidRequest at once for what cannot be appended here."""
-        pieces = pieces_of(other)
-        for call in self._interpreter.append(pieces):
-            if call.name is not None:
-                self._assign(call.name, call)
+        self._append(pieces_of(other))
+        return self
+
+    def _append(self, pieces: Sequence[Piece]) -> list[Call]:
+        calls = self._interpreter.append(pieces)
+        for call in calls:
+            for name, value in variables_of(call):
+                self._assign(name, value)
         for piece in pieces:
             if isinstance(piece, SeparateReasoning):
                 self._separate(piece)
         if self._feed is not None:
             self._feed.notify()
-        return self
+        return calls
+
+    @overload
+    def gen(self, type: type[T], name: str | None = None, **options: Any) -> Var[T]: ...
+    @overload
+    def gen(self, type: Any, name: str | None = None, **options: Any) -> Var[Any]: ...
+    def gen(self, type: Any, name: str | None = None, **options: Any) -> Var[Any]:
+        """Append `gen(name, type=type, ...)` and return its variable, of which a type checker knows the type.
+
+        ::
+
+            s += "Age: "
+            age = s.gen(int, "age", max_tokens=8)     # Var[int], at once
+            age.value + 1                             # waits for it; the same as s["age"] + 1
+        """
+        from bough.var import Var
+
+        (call,) = self._append(pieces_of(gen(name, type=type, **options)))
+        assert isinstance(call, GenCall), "a gen with a type is no select"
+        return Var(call)
 
     def _separate(self, piece: SeparateReasoning) -> None:
         for name in piece.names:
@@ -196,7 +232,7 @@ class State(AsyncReads):
         """
         if self._feed is not None:
             return iterate(self, self._feed, var_name)
-        return iter([self.text() if var_name is None else str(self[var_name])])
+        return iter([self.text() if var_name is None else written(self._find(var_name))])
 
     def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]:
         """Yield the text (or one variable's) as it comes, leaving the event loop free."""
@@ -204,8 +240,27 @@ class State(AsyncReads):
             return iterate_async(self, self._feed, var_name)
         return self._text_once(var_name)
 
+    def value_iter(self, name: str) -> Iterator[Any]:
+        """Yield what a variable's value is known to be so far, while it is written; the last is the whole value.
+
+        For a `gen` with a type that is written as JSON, plain lists, dicts, texts and numbers that grow (a number or a
+        word once it is whole), then the value of the type: `[]`, `[{"name": "Ad"}]`, ..., `[Person("Ada")]`. For other
+        types only the value; without a type the text as it grows. Raises Truncated at the end as `s[name]` does.
+        """
+        from bough.growth import growing
+
+        return growing(self, name)
+
+    def value_async_iter(self, name: str) -> AsyncIterator[Any]:
+        """Yield what a variable's value is known to be so far, leaving the event loop free; as `value_iter`."""
+        from bough.growth import growing_async
+
+        return growing_async(self, name)
+
     async def _text_once(self, name: str | None) -> AsyncIterator[str]:
-        yield await self.atext() if name is None else str(await self.get(name))
+        if name is not None:
+            await self.get(name)
+        yield await self.atext() if name is None else written(self._find(name))
 
     @property
     def seed(self) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from bough.backend import Delta
 from bough.errors import ProgramError
-from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, read
+from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, written
 from bough.waiting import until, until_async
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ def _variable_steps(state: State, name: str) -> Iterator[str | None]:
     if isinstance(value, LAZY):
         while not all(future.done() for future in value.futures()):
             yield None
-    result = read(value)
-    yield result if isinstance(result, str) else str(result)
+    yield written(value)
 
 
 def _item_steps(state: State, item: Item) -> Iterator[str | None]:

@@ -80,10 +80,7 @@ def test_gen_never_touches_the_stop_list_it_is_given() -> None:
         ({"choices_method": bo.greedy_token_selection}, "choices_method needs choices"),
         ({"choices": ["a"], "max_tokens": 3}, "max_tokens has no effect on a choice"),
         ({"choices": ["a"], "temperature": 0.5}, "temperature must be 0, got 0.5"),
-        ({"regex": "a+"}, "regex is not supported yet"),
-        ({"dtype": int}, "dtype is not supported yet"),
-        ({"json_schema": "{}"}, "json_schema is not supported yet"),
-        ({"type": int}, "type is not supported yet"),
+        ({"ebnf": "root ::= x"}, "ebnf is not supported yet"),
     ],
 )
 def test_gen_names_field_limit_and_value_of_what_it_refuses(given: dict[str, Any], words: str) -> None:

@@ -1,0 +1,181 @@
+"""What a `gen` is held to, and what its text then means: a grammar for the runtime, a value for the program.
+
+A `Constraint` is made of at most one of gen's arguments regex, json_schema, grammar, type and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from bough.backend import Generation
+from bough.errors import InvalidRequest, Truncated
+from bough.runtime import protocol
+
+if TYPE_CHECKING:
+    from bough.grammars import Grammar
+    from bough.typed import Shape
+
+OnLimit: TypeAlias = Literal["raise", "close"]
+
+_NUMBER_STOPS: Final = (" ", "\n")
+DTYPES: Final[Mapping[type, tuple[str, tuple[str, ...]]]] = {
+    int: (r"[-+]?[0-9]+[ \n]*", _NUMBER_STOPS),
+    float: (r"[-+]?[0-9]+(?:\.[0-9]+)?[ \n]*", _NUMBER_STOPS),
+    str: (r'"[^"\n]*"', ()),
+    bool: ("True|False", ()),
+}
+"""SGLang's `dtype`: a pattern and the stops that end it. The result stays a text, with its quotes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What one gen is held to.
+
+    wire: as it is sent; None for free text. shape: what reads the text, if a type was asked for. grammar: its captures
+    become variables, names which (with whether there can be several). stop, stop_regex: what ends the text besides the
+    gen's own stops. is_whole_or_error: whether a text that was cut short is an error for who reads it.
+    """
+
+    wire: protocol.Grammar | None
+    shape: Shape[Any] | None = None
+    grammar: Grammar | None = None
+    names: Mapping[str, bool] | None = None
+    stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
+    is_whole_or_error: bool = True
+
+    def params(self, params: protocol.SamplingParams) -> protocol.SamplingParams:
+        """Return the parameters with the stops that end such a text."""
+        import msgspec
+
+        return msgspec.structs.replace(
+            params, stop=(*params.stop, *self.stop), stop_regex=(*params.stop_regex, *self.stop_regex)
+        )
+
+    def value(self, done: Generation) -> Any:
+        """Return the value of a finished gen. Raises Truncated if it is not whole, InvalidValue as its type says."""
+        self._check_whole(done)
+        return done.text if self.shape is None else self.shape.read(done.text)
+
+    def captures(self, done: Generation) -> Mapping[str, Any]:
+        """Return the captures of a finished gen. Raises Truncated if its text is not whole."""
+        self._check_whole(done)
+        if self.grammar is None:
+            return done.captures
+        from bough.matching import captures_of
+
+        return {**done.captures, **captures_of(self.grammar, done.text)}
+
+    def _check_whole(self, done: Generation) -> None:
+        if not self.is_whole_or_error or self.wire is None or self._is_whole(done):
+            return
+        raise Truncated(
+            f"the text ended by {_why(done)} before it was whole: {done.text!r}; "
+            'give more max_tokens, or on_limit="close"',
+            text=done.text,
+            finish_reason=done.finish_reason,
+        )
+
+    def _is_whole(self, done: Generation) -> bool:
+        assert self.wire is not None
+        could_go_on = self.shape is not None and bool(self.shape.stop_regex)  # 42 may be the beginning of 425
+        if could_go_on and done.finish_reason != "stop" and self.wire.on_limit != "close":
+            return False
+        return done.is_whole
+
+
+def _why(done: Generation) -> str:
+    return {
+        "stop": f"the stop {done.matched_stop!r}",
+        "length": "max_tokens",
+        "context": "the end of the model's context",
+    }[done.finish_reason]
+
+
+def constraint_of(
+    *,
+    regex: str | None,
+    json_schema: object,
+    grammar: object,
+    type: Any,
+    dtype: Any,
+    on_limit: OnLimit | None,
+) -> Constraint | None:
+    """Return what a gen with these arguments is held to; None if to nothing.
+
+    Raises InvalidRequest if more than one is given, and naming what is wrong with that one.
+    """
+    given = {"regex": regex, "json_schema": json_schema, "grammar": grammar, "type": type, "dtype": dtype}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise InvalidRequest(f"give one of {' and '.join(named)}: each says what the text has to be", field=named[1])
+    limit = _on_limit(on_limit, bool(named))
+    if not named:
+        return None
+    if regex is not None:
+        return _of_regex(regex, limit)
+    if json_schema is not None:
+        from bough.schemas import schema_text
+
+        return Constraint(protocol.Grammar(kind="json_schema", source=schema_text(json_schema), on_limit=limit))
+    if grammar is not None:
+        return _of_grammar(grammar, limit)
+    if type is not None:
+        return _of_type(type, limit)
+    return _of_dtype(dtype, limit)
+
+
+def _on_limit(on_limit: object, has_constraint: bool) -> Literal["truncate", "close"]:
+    if on_limit is None:
+        return "truncate"
+    if on_limit not in ("raise", "close"):
+        raise InvalidRequest(f"on_limit must be 'raise' or 'close', got {on_limit!r}", field="on_limit")
+    if not has_constraint:
+        raise InvalidRequest("on_limit needs regex, json_schema, grammar or type", field="on_limit")
+    return "close" if on_limit == "close" else "truncate"
+
+
+def _of_regex(pattern: str, limit: Literal["truncate", "close"]) -> Constraint:
+    from bough.matching import check_regex
+
+    check_regex(pattern, "regex")
+    if not pattern:
+        raise InvalidRequest("regex must not be empty", field="regex")
+    return Constraint(protocol.Grammar(kind="regex", source=pattern, on_limit=limit))
+
+
+def _of_grammar(given: object, limit: Literal["truncate", "close"]) -> Constraint:
+    from bough.grammars import Json, as_grammar, capture_names, lark
+    from bough.matching import acceptor_of
+
+    grammar = lark(given) if isinstance(given, str) else as_grammar(given)
+    acceptor_of(grammar)  # refused at once, not by the runtime
+    if isinstance(grammar, Json):
+        wire = protocol.Grammar(kind="json_schema", source=grammar.schema, on_limit=limit)
+    else:
+        wire = protocol.Grammar(kind="lark", source=grammar.to_lark(), on_limit=limit)
+    return Constraint(wire, grammar=grammar, names=capture_names(grammar))
+
+
+def _of_type(type: Any, limit: Literal["truncate", "close"]) -> Constraint:
+    import msgspec
+
+    from bough.typed import shape_of
+
+    shape = shape_of(type)
+    wire = None if shape.wire is None else msgspec.structs.replace(shape.wire, on_limit=limit)
+    return Constraint(wire, shape=shape, stop_regex=shape.stop_regex)
+
+
+def _of_dtype(dtype: Any, limit: Literal["truncate", "close"]) -> Constraint:
+    if dtype not in DTYPES:
+        known = ", ".join(kind.__name__ for kind in DTYPES)
+        raise InvalidRequest(
+            f"dtype must be one of {known} (whose results are texts), got {dtype!r}; type= takes any type",
+            field="dtype",
+        )
+    pattern, stop = DTYPES[dtype]
+    wire = protocol.Grammar(kind="regex", source=pattern, on_limit=limit)
+    return Constraint(wire, stop=stop, is_whole_or_error=False)
