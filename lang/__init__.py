@@ -53,6 +53,7 @@ from bough.errors import (
     ResourceExhausted,
     RuntimeLost,
     Timeout,
+    ToolError,
     Truncated,
     UnknownVariable,
     UnsupportedByBackend,
@@ -98,6 +99,7 @@ from bough.reasoning import ReasoningFormat, separate_reasoning
 from bough.scripted import ScriptedBackend
 from bough.spellings import NOT_HERE, gen_int, gen_string, image, video
 from bough.state import State
+from bough.tools import Tool, ToolCall, ToolResult, tool
 from bough.var import Var
 
 if TYPE_CHECKING:
@@ -170,6 +172,10 @@ __all__ = [
     "ScriptedBackend",
     "State",
     "Timeout",
+    "Tool",
+    "ToolCall",
+    "ToolError",
+    "ToolResult",
     "Truncated",
     "UnknownVariable",
     "UnsupportedByBackend",
@@ -210,6 +216,7 @@ __all__ = [
     "system_begin",
     "system_end",
     "token_length_normalized",
+    "tool",
     "unconditional_likelihood_normalized",
     "until",
     "user",

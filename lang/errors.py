@@ -18,6 +18,7 @@
     ├── RuntimeLost                     the runtime died, went silent or was shut down; nothing of it is valid any more
     │   └── ProtocolMismatch            what answers is no runtime of this version of the protocol
     ├── BackendError                    the backend failed in a way that has no name of its own
+    ├── ToolError                       a model's call of a tool failed: no such tool, bad arguments, or it raised
     └── ProgramError                    the program's own code raised; the exception is the `__cause__`
 
 A failure of the runtime is raised where the variable is read, not where the `gen` was written::
@@ -132,6 +133,10 @@ class ProtocolMismatch(RuntimeLost):
 
 class BackendError(BoughError):
     """The backend failed inside, or in a way that has no class of its own."""
+
+
+class ToolError(BoughError):
+    """A call that a model made of a tool failed; if the tool's function raised, the exception is the `__cause__`."""
 
 
 class ProgramError(BoughError):

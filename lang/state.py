@@ -5,7 +5,7 @@ Appending never waits; a variable waits when it is read, and raises there what w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from bough.awaiting import AsyncReads
@@ -31,6 +31,9 @@ from bough.streaming import Feed, Run, iterate, iterate_async
 if TYPE_CHECKING:
     from bough.group import Copy, Group
     from bough.scopes import RoleScope, VarScope
+    from bough.tool_formats import ToolFormat
+    from bough.toolbox import OnError, Toolbox, ToolRun
+    from bough.tools import Tool
     from bough.var import Var
 
 T = TypeVar("T")
@@ -44,7 +47,17 @@ class State(AsyncReads):
     be used from several threads; what two threads append at once comes in some order.
     """
 
-    __slots__ = ("__weakref__", "_assigned", "_feed", "_interpreter", "_return_value", "_run", "_title", "_variables")
+    __slots__ = (
+        "__weakref__",
+        "_assigned",
+        "_feed",
+        "_interpreter",
+        "_return_value",
+        "_run",
+        "_title",
+        "_toolbox",
+        "_variables",
+    )
 
     def __init__(
         self, backend: Backend, sampling: Sampling = DEFAULTS, *, title: str = "state", run: Run | None = None
@@ -56,6 +69,7 @@ class State(AsyncReads):
         self._variables: dict[str, Any] = {}
         self._assigned: dict[str, None] = {}  # in this state, since it was forked; in order
         self._return_value: Any = None
+        self._toolbox: Toolbox | None = None
 
     # ------------------------------------------------------------------------------------------ append
 
@@ -126,6 +140,56 @@ class State(AsyncReads):
         from bough.scopes import VarScope
 
         return VarScope(self, name)
+
+    # ------------------------------------------------------------------------------------------ tools
+
+    def tools(
+        self, functions: Sequence[Callable[..., Any] | Tool], *, system: str = "", format: ToolFormat | None = None
+    ) -> Toolbox:
+        """Tell the model of functions that it may call, in a system message; return them as a `Toolbox`.
+
+        ::
+
+            def calculator(expression: str) -> int:
+                "Computes a number."
+                ...
+
+            s.tools([calculator], system="You are a careful assistant.")
+            s += bo.user("What is 17 + 25?")
+            done = s.run_tools(max_rounds=4, name="answer", max_tokens=64)
+            done.answer, done.results
+
+        system: what the message says besides. format: "template" tells of them through the chat template's own `tools`
+        variable, "text" in plain words; by default the former where the model has it. Both are in
+        `bough.tool_formats`. A fork has its parent's tools. Raises InvalidRequest for functions without annotations.
+        """
+        from bough.toolbox import Toolbox
+
+        box = Toolbox(functions, format or "text")
+        box.introduce(self, system)
+        self._toolbox = box
+        return box
+
+    def run_tools(
+        self, *, max_rounds: int = 8, on_error: OnError = "feed", name: str | None = None, **options: Any
+    ) -> ToolRun:
+        """Let the model write turns, and carry out the calls in them, until a turn has none: that is the answer.
+
+        Calls of one turn run beside each other, in threads; an `async def` function is awaited. max_rounds: most
+        turns; without an answer after them, `answer` is None. on_error: "feed" tells the model what went wrong, "raise"
+        raises ToolError. name: the variable that the answer is put in. options: of each turn's `gen`.
+        """
+        if self._toolbox is None:
+            raise InvalidRequest("this state has no tools: call s.tools([...]) first")
+        return self._toolbox.run(self, max_rounds=max_rounds, on_error=on_error, name=name, **options)
+
+    async def arun_tools(
+        self, *, max_rounds: int = 8, on_error: OnError = "feed", name: str | None = None, **options: Any
+    ) -> ToolRun:
+        """Do as `run_tools`, leaving the event loop free."""
+        from bough.onloop import on_loop
+
+        return await on_loop(self.run_tools, max_rounds=max_rounds, on_error=on_error, name=name, **options)
 
     # ------------------------------------------------------------------------------------------ variables
 
@@ -315,6 +379,7 @@ class State(AsyncReads):
         child._variables = self._variables.copy()
         child._assigned = {}
         child._return_value = None
+        child._toolbox = self._toolbox
         return child
 
     def cancel(self) -> None:

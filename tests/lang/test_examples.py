@@ -21,6 +21,8 @@ ACTS = {
 
 def say(text: str, params: Any) -> str:
     """Answer as the bundled model should."""
+    if "these tools:\n" in text:
+        return ACTS[next(key for key in ACTS if key in text)][text.count("<|im_start|>tool")]
     if text.endswith("Thought:"):
         return " I need a tool.\nAction: it was stopped before this"
     if "\nThought:" in text.rpartition("<|im_start|>")[2]:
@@ -41,6 +43,7 @@ def say(text: str, params: Any) -> str:
         ("chat_streaming", "> What pet does Tom have?\nThe answer is 42."),
         ("tree_of_thought", "best: 17 + 25 = 42"),
         ("tool_loop", "   answer  48"),
+        ("tools", "48  (lookup 'price of the lamp' -> 36, calculator '36 + 12' -> 48)"),
         ("batch", "ValueError('an empty sentence')"),
         ("demo", "  in total"),
     ],

@@ -1,0 +1,188 @@
+"""`Toolbox`: the tools of one state: reads calls, carries them out, shows the model what came of them, in a loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from bough.errors import InvalidRequest, ToolError
+from bough.expressions import Expression, assistant, gen, role, system
+from bough.sampling import count
+from bough.tool_formats import (
+    TOOL_FORMATS,
+    ToolFormat,
+    described,
+    template_answer,
+    template_calls,
+    text_answer,
+    text_calls,
+)
+from bough.tools import Tool, ToolCall, ToolResult, shown, tools_of
+from bough.waiting import current_body, running_loop, wait
+
+if TYPE_CHECKING:
+    from bough.state import State
+
+OnError: TypeAlias = Literal["feed", "raise"]
+ON_ERROR: Final[tuple[OnError, ...]] = ("feed", "raise")
+MAX_PARALLEL: Final = 32
+"""Most calls of one turn that run at once; the others follow."""
+
+
+@dataclass(frozen=True)
+class ToolRun:
+    """How a loop of turns and calls ended. answer: None if it reached its last round without one."""
+
+    answer: str | None
+    results: Sequence[ToolResult]
+    num_rounds: int
+
+
+class Toolbox:
+    """The tools that a state was told of; made by `s.tools`.
+
+    `run` is the whole loop. For a loop of your own: `calls(text)`, `call(calls)`, `tell(s, results)`.
+    """
+
+    def __init__(self, functions: object, form: ToolFormat) -> None:
+        if form not in TOOL_FORMATS:
+            raise InvalidRequest(f"format must be one of {', '.join(TOOL_FORMATS)}, got {form!r}", field="format")
+        self.tools: dict[str, Tool] = tools_of(functions)
+        self.format: ToolFormat = form
+
+    def __repr__(self) -> str:
+        return f"<Toolbox {', '.join(self.tools)} ({self.format})>"
+
+    # ------------------------------------------------------------------------------------------ what is told
+
+    def described(self) -> str:
+        """Return the words that tell of the tools, for the format "text"."""
+        return described(self.tools.values())
+
+    def definitions(self) -> list[dict[str, Any]]:
+        """Return the tools as chat templates and OpenAI's protocol write them."""
+        return [tool.definition() for tool in self.tools.values()]
+
+    def introduce(self, state: State, also: str) -> None:
+        """Append a system message that tells of the tools, after what else it shall say."""
+        state += system("\n".join(filter(None, (also, self.described()))))
+
+    # ------------------------------------------------------------------------------------------ one turn
+
+    def calls(self, text: str) -> list[ToolCall]:
+        """Return the calls in what the model wrote."""
+        return text_calls(text) if self.format == "text" else template_calls(text)
+
+    def answer(self, text: str) -> str:
+        """Return the answer in what the model wrote without calls."""
+        return text_answer(text) if self.format == "text" else template_answer(text)
+
+    def call(self, calls: Sequence[ToolCall], on_error: OnError = "feed") -> list[ToolResult]:
+        """Carry out calls beside each other; return their results in order.
+
+        A call of no tool, arguments that do not fit, or a function that raises: with on_error="feed" the result holds
+        the ToolError and its text says it to the model; with "raise" the first one is raised, when all have ended.
+        """
+        if on_error not in ON_ERROR:
+            raise InvalidRequest(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}", field="on_error")
+        results = self._call_all(calls)
+        if on_error == "raise":
+            for result in results:
+                if result.error is not None:
+                    raise result.error
+        return results
+
+    def tell(self, state: State, results: Sequence[ToolResult]) -> None:
+        """Append each result as a message of the role "tool"."""
+        for result in results:
+            state += role("tool", result.text)
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def run(
+        self, state: State, *, max_rounds: int = 8, on_error: OnError = "feed", name: str | None = None, **options: Any
+    ) -> ToolRun:
+        """Let the model write turns, and carry out their calls, until a turn has none; see `State.run_tools`."""
+        limit = count("max_rounds", max_rounds)
+        if limit is None:
+            raise InvalidRequest("max_rounds must be a whole number, got None", field="max_rounds")
+        variable = name or "turn"
+        results: list[ToolResult] = []
+        for number in range(1, limit + 1):
+            state += assistant(self._turn(variable, options))
+            text = state[variable]
+            calls = self.calls(text)
+            if not calls:
+                answer = self.answer(text)
+                if name is not None:
+                    state[name] = answer
+                return ToolRun(answer, results, number)
+            found = self.call(calls, on_error)
+            results.extend(found)
+            self.tell(state, found)
+        return ToolRun(None, results, limit)
+
+    def _turn(self, variable: str, options: dict[str, Any]) -> Expression:
+        if self.format == "text" and "stop" not in options:
+            options = {**options, "stop": "\nObservation"}  # a model that goes on would invent what the tool says
+        return gen(variable, **options)
+
+    # ------------------------------------------------------------------------------------------ calling
+
+    def _call_all(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        if not calls:
+            return []
+        if len(calls) == 1 and current_body() is None and running_loop() is None:
+            return [self._call_one(calls[0])]
+        pool = ThreadPoolExecutor(min(len(calls), MAX_PARALLEL), thread_name_prefix="bough-tool")
+        try:
+            futures = [self._start(pool, call) for call in calls]
+            for future in futures:  # the thread is given up meanwhile, where it is shared
+                wait(future)
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, call: ToolCall) -> Future[ToolResult]:
+        tool, loop = self.tools.get(call.name), running_loop()
+        if tool is not None and tool.is_async and loop is not None and current_body() is not None:
+            return asyncio.run_coroutine_threadsafe(self._call_async(tool, call), loop)  # its own loop, as it expects
+        return pool.submit(contextvars.copy_context().run, self._call_one, call)
+
+    def _call_one(self, call: ToolCall) -> ToolResult:
+        try:
+            tool, arguments = self._checked(call)
+            value = tool.function(**arguments)
+            if tool.is_async:
+                value = asyncio.run(value)
+        except Exception as raised:
+            return _failed(call, raised)
+        return ToolResult(call, shown(value), value)
+
+    async def _call_async(self, tool: Tool, call: ToolCall) -> ToolResult:
+        try:
+            value = await tool.function(**tool.check(call.arguments))
+        except Exception as raised:
+            return _failed(call, raised)
+        return ToolResult(call, shown(value), value)
+
+    def _checked(self, call: ToolCall) -> tuple[Tool, dict[str, Any]]:
+        tool = self.tools.get(call.name)
+        if tool is None:
+            known = ", ".join(self.tools)
+            said = f"there is no tool {call.name!r}" if call.name else f"this is no call: {call.arguments!r}"
+            raise ToolError(f"{said}, the tools are {known}", tool=call.name)
+        return tool, tool.check(call.arguments)
+
+
+def _failed(call: ToolCall, raised: Exception) -> ToolResult:
+    if isinstance(raised, ToolError):
+        error = raised
+    else:
+        error = ToolError(f"{call.name} failed: {type(raised).__name__}: {raised}", tool=call.name)
+        error.__cause__ = raised
+    return ToolResult(call, f"error: {error}", None, error)
