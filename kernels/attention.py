@@ -6,34 +6,75 @@ nothing but arithmetic.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
 import numpy as np
 import torch
 
-from bough.kernels import cpu_attention
+from bough.kernels import cpu_attention, native_attention
 from bough.kernels.layout import PagedLayout
 
-__all__ = ["PagedLayout", "Plan", "paged_attention", "plan_attention", "store_kv"]
+__all__ = ["Attention", "Implementation", "PagedLayout", "Plan", "choose_attention", "paged_attention", "store_kv"]
 
-Plan = cpu_attention.Plan
+Plan: TypeAlias = cpu_attention.Plan | native_attention.Plan
+Implementation: TypeAlias = Literal["native", "torch"]
 
 
-def plan_attention(layout: PagedLayout, num_heads: int, num_kv_heads: int, device: torch.device) -> Plan:
-    """Return what `paged_attention` needs of a step's layout. Raises RuntimeError on a device without kernels."""
-    _check_device(device)
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How the attention of one model is carried out.
+
+    implementation: "native", compiled code in which a token's bits do not depend on whether it was prefilled or drawn,
+    or "torch", where they do. share: sequences read the KV they have in common together (tree attention; native only).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    implementation: Implementation
+    share: bool = True
+
+    def plan(self, layout: PagedLayout) -> Plan:
+        """Return what `paged_attention` needs of a step's layout."""
+        qo_lens = np.diff(layout.qo_indptr)
+        assert (qo_lens[layout.is_decode] == 1).all(), "a decode sequence has one query"
+        assert (qo_lens <= layout.kv_lens).all(), "a sequence has more queries than tokens"
+        heads = (self.num_heads, self.num_kv_heads)
+        if self.implementation == "native":
+            return native_attention.make_plan(layout, *heads, self.head_dim, share=self.share)
+        return cpu_attention.make_plan(
+            layout.qo_indptr,
+            layout.kv_indptr,
+            layout.kv_indices,
+            layout.kv_lens,
+            layout.is_decode,
+            layout.page_size,
+            *heads,
+        )
+
+
+def choose_attention(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    implementation: Implementation | None = None,
+    *,
+    share: bool = True,
+) -> Attention:
+    """Return the attention for a model's shapes; by default the fastest that works here.
+
+    Raises RuntimeError on a device without kernels, ValueError if the implementation asked for does not work here.
+    """
+    if device.type != "cpu":
+        raise RuntimeError(f"attention has no kernels for device {device.type!r}, only for 'cpu'")
     assert num_heads % num_kv_heads == 0, "query heads must be a multiple of key/value heads"
-    qo_lens = np.diff(layout.qo_indptr)
-    assert (qo_lens[layout.is_decode] == 1).all(), "a decode sequence has one query"
-    assert (qo_lens <= layout.kv_lens).all(), "a sequence has more queries than tokens"
-    return cpu_attention.make_plan(
-        layout.qo_indptr,
-        layout.kv_indptr,
-        layout.kv_indices,
-        layout.kv_lens,
-        layout.is_decode,
-        layout.page_size,
-        num_heads,
-        num_kv_heads,
-    )
+    works = implementation != "torch" and native_attention.works(num_heads, num_kv_heads, head_dim, dtype)
+    if implementation == "native" and not works:
+        raise ValueError(f"native attention does not work here for heads of {head_dim} in {dtype}")
+    return Attention(num_heads, num_kv_heads, head_dim, "native" if works else "torch", share)
 
 
 def paged_attention(
@@ -45,7 +86,8 @@ def paged_attention(
     as q, contiguous; the new tokens' KV is already in them. Returns (num_tokens, num_heads, head_dim) in q's dtype.
     Slots that hold no token of the sequence are never read, whatever is in them.
     """
-    _check_device(q.device)
+    if isinstance(plan, native_attention.Plan):
+        return native_attention.run(q, k_pages, v_pages, plan, scale)
     return cpu_attention.run(q, k_pages, v_pages, plan, scale)
 
 
@@ -58,8 +100,3 @@ def store_kv(
     """
     k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, slots, k)
     v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, slots, v)
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise RuntimeError(f"attention has no kernels for device {device.type!r}, only for 'cpu'")

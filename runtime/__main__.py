@@ -46,7 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--schedule-policy", choices=SCHEDULE_POLICIES, default=defaults.schedule_policy)
     parser.add_argument("--no-radix-cache", action="store_true", help="keep no prefixes between operations")
-    parser.add_argument("--exact", action="store_true", help="prefill computes the same bits as decode (slower)")
+    parser.add_argument(
+        "--exact", action="store_true", help="prefill computes the same bits as decode, whatever it costs"
+    )
+    parser.add_argument("--attention", choices=("native", "torch"), help="default: native where it works")
+    parser.add_argument("--no-tree-decode", action="store_true", help="every sequence reads its own KV, shared or not")
     parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
@@ -137,6 +141,8 @@ def _build(
         max_total_tokens=options.max_total_tokens,
         on_progress=lambda done, total: report(phase="loading", done=done, total=total),
         exact=options.exact,
+        attention=options.attention,
+        share_prefixes=not options.no_tree_decode,
     )
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)

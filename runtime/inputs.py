@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from bough.kernels.attention import PagedLayout, Plan, plan_attention
+from bough.kernels.attention import Plan
+from bough.kernels.layout import PagedLayout
 from bough.runtime.batch import Batch, Row
 
 
@@ -32,11 +34,12 @@ class StepInputs:
 
 
 def build_inputs(
-    batch: Batch, page_size: int, num_heads: int, num_kv_heads: int, device: torch.device, *, exact: bool = False
+    batch: Batch, page_size: int, plan: Callable[[PagedLayout], Plan], *, token_by_token: bool = False
 ) -> StepInputs:
     """Return the tensors of a batch with at least one row, each with at least one new token.
 
-    exact: attend every token as a decode does, so that a token's bits do not tell whether it was prefilled or drawn.
+    plan: how attention is planned. token_by_token: attend every token as a decode does, so that a token's bits do not
+    tell whether it was prefilled or drawn; for attention where they would.
     """
     rows = batch.rows
     num_new = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
@@ -61,7 +64,7 @@ def build_inputs(
         positions=torch.from_numpy(positions),
         slots=torch.from_numpy(page * page_size + positions % page_size),
         end_position=int(layout.kv_lens.max()),
-        attention=plan_attention(_token_by_token(layout) if exact else layout, num_heads, num_kv_heads, device),
+        attention=plan(_token_by_token(layout) if token_by_token else layout),
         wanted=torch.from_numpy(_wanted(rows, layout.qo_indptr, sample_rows, score_rows)),
         sample_rows=sample_rows,
         score_rows=score_rows,

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bough.kernels.attention import Attention, Implementation, choose_attention
 from bough.runtime import sampler
 from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 from bough.runtime.cache.kv_pool import KVPool
@@ -35,12 +36,19 @@ class Runner:
 
     config: the model's. num_pages, page_size: of the pool. vocab_size, context_len: the model's limits. dtype, device:
     names, such as "bfloat16" and "cpu". model, pool: the parts, for tests and tools; only `execute` writes the pool.
-    exact: prefill attends as decode does, token by token, so that what was drawn and is computed again (after its KV
-    was evicted, or in a new runtime) has the same bits.
+    exact: what was drawn and is computed again (after its KV was evicted, or in a new runtime) has the same bits.
+    Native attention gives that anyway; otherwise prefill then attends as decode does, token by token.
     """
 
     def __init__(
-        self, model: Llama, pool: KVPool, dtype: torch.dtype, device: torch.device, *, exact: bool = False
+        self,
+        model: Llama,
+        pool: KVPool,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        exact: bool = False,
+        attention: Attention | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.num_pages = pool.num_pages
@@ -51,8 +59,9 @@ class Runner:
         self.device = device.type
         self.model = model
         self.pool = pool
-        self.exact = exact
-        self._torch_device = device
+        self.attention = attention or attention_of(model.config, dtype, device)
+        self.exact = exact or self.attention.implementation == "native"
+        self._token_by_token = exact and self.attention.implementation != "native"
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -63,14 +72,7 @@ class Runner:
         self.pool.copy_pages(batch.copies)
         if not batch.rows:
             return []
-        inputs = build_inputs(
-            batch,
-            self.page_size,
-            self.config.num_heads,
-            self.config.num_kv_heads,
-            self._torch_device,
-            exact=self.exact,
-        )
+        inputs = build_inputs(batch, self.page_size, self.attention.plan, token_by_token=self._token_by_token)
         hidden = self.model.forward(inputs, self.pool)
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
         scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)
@@ -127,6 +129,23 @@ def _result(row: Row, draw: sampler.Draw | None, scores: npt.NDArray[np.float64]
     return RowResult(draw.token, draw.logprob, draw.top, scores)
 
 
+def attention_of(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    implementation: Implementation | None = None,
+    *,
+    share: bool = True,
+) -> Attention:
+    """Return the attention of a model; arguments as in `choose_attention`. Raises RequestError("invalid_request")."""
+    try:
+        return choose_attention(
+            config.num_heads, config.num_kv_heads, config.head_dim, dtype, device, implementation, share=share
+        )
+    except ValueError as error:
+        raise RequestError("invalid_request", str(error), field="attention", value=implementation) from None
+
+
 def load_runner(
     folder: Path,
     dtype: str | None = None,
@@ -137,6 +156,8 @@ def load_runner(
     on_progress: OnProgress | None = None,
     *,
     exact: bool = False,
+    attention: Implementation | None = None,
+    share_prefixes: bool = True,
 ) -> Runner:
     """Load a checkpoint's folder and return its runner, not yet warm.
 
@@ -147,7 +168,8 @@ def load_runner(
     ceil(max_total_tokens / page_size). max_total_tokens None: a quarter of the memory available now, but at most
     64 * context_len and 131,072 tokens, and at least one whole context. One token takes
     2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. on_progress(done_bytes, total_bytes) is called
-    while weights load. exact: a token's bits do not tell whether it was prefilled or drawn (slower prefill).
+    while weights load. exact: a token's bits do not tell whether it was prefilled or drawn. attention: "native",
+    "torch" or None for what works here. share_prefixes: attend what sequences have in common once for all of them.
 
     Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument.
     """
@@ -167,7 +189,9 @@ def load_runner(
         *(folder, config.architecture, torch_dtype, time.perf_counter() - begin, num_pages, page_size),
         num_pages * pool.bytes_per_page / 1e6,
     )
-    return Runner(model, pool, torch_dtype, torch_device, exact=exact)
+    chosen = attention_of(config, torch_dtype, torch_device, attention, share=share_prefixes)
+    log.info("attention: %s", chosen.implementation)
+    return Runner(model, pool, torch_dtype, torch_device, exact=exact, attention=chosen)
 
 
 def _device(name: str | None) -> torch.device:

@@ -261,8 +261,8 @@ MUTANTS = (
     Mutant(
         "a rollback keeps one token too many",
         "branch.py",
-        "self.log.truncate(length)",
-        "self.log.truncate(min(length + 1, len(self.log)))",
+        "        self.log.truncate(length)\n        self.tail",
+        "        self.log.truncate(min(length + 1, len(self.log)))\n        self.tail",
     ),
     Mutant(
         "a rollback does not heal",

@@ -1,19 +1,23 @@
 """The answer never depends on the cache: tokens and log-probabilities are the same bits however they came about.
 
-A real model in exact mode under the real scheduler; each case first asserts that what it is about really happened.
+A real model under the real scheduler, with native attention as it comes and with PyTorch's in exact mode; each case
+first asserts that what it is about really happened.
 Freed pages are filled with NaN, so that a page that is read after it was freed shows at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import random_ids, tiny_model
 
+from bough.kernels import native_attention
+from bough.kernels.units import CHUNK
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.runner import Runner, load_runner
@@ -31,8 +35,11 @@ Draws: TypeAlias = list[tuple[int | None, float | None, tuple[tuple[float, int],
 
 
 @cache
-def runner(dtype: str) -> Runner:
-    return load_runner(tiny_model("qwen3"), dtype=dtype, page_size=PAGE_SIZE, num_pages=NUM_PAGES, exact=True)
+def runner(mode: str) -> Runner:
+    """`dtype` with native attention, as it comes; `dtype/torch` in exact mode, where there is no compiler."""
+    dtype, _, implementation = mode.partition("/")
+    load = partial(load_runner, tiny_model("qwen3"), dtype=dtype, page_size=PAGE_SIZE, num_pages=NUM_PAGES)
+    return load(attention="torch", exact=True) if implementation == "torch" else load(attention="native")
 
 
 class Machine:
@@ -82,9 +89,11 @@ class Machine:
         return self.draws[sequence]
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "float32/torch", "bfloat16/torch"])
 def dtype(request: pytest.FixtureRequest) -> str:
     name: str = request.param
+    if "/" not in name and not native_attention.works(4, 2, 32, torch.float32):
+        pytest.skip("the compiled attention was not built here")
     return name
 
 
@@ -122,6 +131,25 @@ def test_forked_equals_its_own_text(dtype: str) -> None:
     assert machine.draws[forks[-1]] == cold(dtype)
     for fork, tokens in zip(forks, tails, strict=False):
         assert machine.draws[fork] == Machine(dtype).draw(tokens)
+
+
+def test_branches_that_read_their_prefix_together_equal_themselves_alone(dtype: str) -> None:
+    trunk = random_ids(2 * CHUNK + 20, seed=3)
+    prompts = [np.concatenate([trunk[:cut], random_ids(4, seed=30 + i)]) for i, cut in enumerate((276, 270, 140, 9))]
+    machine = Machine(dtype)
+    branches = [machine.submit(tokens, seed=i, num_tokens=8) for i, tokens in enumerate(prompts)]
+    whole_chunks = CHUNK // PAGE_SIZE
+    shared = 0
+
+    def watch(step: int) -> None:
+        nonlocal shared
+        rows = [s.lease.row.view()[:whole_chunks].tolist() for s in machine.scheduler.running if s.lease is not None]
+        shared += len(rows) > 2 and rows[0] == rows[1] == rows[2]
+
+    machine.run(watch)
+    assert shared >= 5, "the first chunk is one for three of them"
+    for i, (branch, tokens) in enumerate(zip(branches, prompts, strict=True)):
+        assert machine.draws[branch] == Machine(dtype).draw(tokens, seed=i, num_tokens=8)
 
 
 def test_batched_with_strangers_equals_alone(dtype: str) -> None:

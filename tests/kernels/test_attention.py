@@ -1,4 +1,7 @@
-"""CPU attention against its definition in float64, at odd shapes, over scattered pages with NaN in every other slot."""
+"""CPU attention against its definition in float64, at odd shapes, over scattered pages with NaN in every other slot.
+
+Every test runs on both implementations, the compiled one and PyTorch's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bough.kernels.attention import PagedLayout, paged_attention, plan_attention, store_kv
+from bough.kernels import native_attention
+from bough.kernels.attention import Implementation, PagedLayout, choose_attention, paged_attention, store_kv
 from bough.kernels.reference import paged_attention as definition
 
 CPU = torch.device("cpu")
@@ -70,9 +74,18 @@ def make_case(
     return Case(layout, torch.cat(queries), k_pages, v_pages)
 
 
-def run(case: Case) -> torch.Tensor:
-    plan = plan_attention(case.layout, case.q.shape[1], case.k_pages.shape[2], CPU)
-    return paged_attention(case.q, case.k_pages, case.v_pages, plan, case.q.shape[-1] ** -0.5)
+@pytest.fixture(params=["native", "torch"])
+def how(request: pytest.FixtureRequest) -> Implementation:
+    if request.param == "native" and not native_attention.works(4, 2, 64, torch.float32):
+        pytest.skip("the compiled attention was not built here")
+    chosen: Implementation = request.param
+    return chosen
+
+
+def run(case: Case, how: Implementation, *, share: bool = True) -> torch.Tensor:
+    num_heads, (num_kv_heads, head_dim) = case.q.shape[1], case.k_pages.shape[2:]
+    attention = choose_attention(num_heads, num_kv_heads, head_dim, case.q.dtype, CPU, how, share=share)
+    return paged_attention(case.q, case.k_pages, case.v_pages, attention.plan(case.layout), case.q.shape[-1] ** -0.5)
 
 
 def run_definition(case: Case) -> torch.Tensor:
@@ -85,16 +98,16 @@ def run_definition(case: Case) -> torch.Tensor:
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-def test_float32_agrees_with_the_definition(heads: tuple[int, int, int], page_size: int) -> None:
+def test_float32_agrees_with_the_definition(heads: tuple[int, int, int], page_size: int, how: Implementation) -> None:
     case = make_case(SEQUENCES, heads, page_size)
-    torch.testing.assert_close(run(case).double(), run_definition(case), atol=2e-6, rtol=0)
+    torch.testing.assert_close(run(case, how).double(), run_definition(case), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_bfloat16_agrees_with_the_definition(heads: tuple[int, int, int]) -> None:
+def test_bfloat16_agrees_with_the_definition(heads: tuple[int, int, int], how: Implementation) -> None:
     """The result is rounded to 8 bits; inputs of the definition are the same rounded ones."""
     case = make_case(SEQUENCES, heads, dtype=torch.bfloat16)
-    torch.testing.assert_close(run(case).double(), run_definition(case), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(run(case, how).double(), run_definition(case), atol=1e-2, rtol=1e-2)
 
 
 def test_the_definition_is_scaled_dot_product_attention() -> None:
@@ -107,29 +120,35 @@ def test_the_definition_is_scaled_dot_product_attention() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
-    whole = run(make_case(SEQUENCES, heads, dtype=dtype))
+def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(
+    heads: tuple[int, int, int], dtype: torch.dtype, how: Implementation
+) -> None:
+    whole = run(make_case(SEQUENCES, heads, dtype=dtype), how)
     ends = np.cumsum([n for _, n in SEQUENCES])
     for count in (1, 2, 5, 8):
-        part = run(make_case(SEQUENCES[:count], heads, dtype=dtype))
+        part = run(make_case(SEQUENCES[:count], heads, dtype=dtype), how)
         assert torch.equal(part, whole[: ends[count - 1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_decode_gives_the_same_bits_in_batches_of_1_to_40(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_decode_gives_the_same_bits_in_batches_of_1_to_40(
+    heads: tuple[int, int, int], dtype: torch.dtype, how: Implementation
+) -> None:
     sequences = [(1 + 37 * i % 700, 1) for i in range(40)]
-    whole = run(make_case(sequences, heads, dtype=dtype))
+    whole = run(make_case(sequences, heads, dtype=dtype), how)
     for count in range(1, 40, 3):
-        assert torch.equal(run(make_case(sequences[:count], heads, dtype=dtype)), whole[:count])
+        assert torch.equal(run(make_case(sequences[:count], heads, dtype=dtype), how), whole[:count])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_a_prefill_gives_the_same_bits_in_any_chunks(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_a_prefill_gives_the_same_bits_in_any_chunks(
+    heads: tuple[int, int, int], dtype: torch.dtype, how: Implementation
+) -> None:
     """A chunk sees only the slots written so far: the keys that its last block lacks are NaN here."""
     whole = make_case([(200, 200)], heads, dtype=dtype)
-    expected = run(whole)
+    expected = run(whole, how)
     for chunk in (1, 7, 16, 50, 199):
         k_pages, v_pages = torch.full_like(whole.k_pages, torch.nan), torch.full_like(whole.v_pages, torch.nan)
         for start in range(0, 200, chunk):
@@ -147,11 +166,15 @@ def test_a_prefill_gives_the_same_bits_in_any_chunks(heads: tuple[int, int, int]
                 np.array([False]),
                 16,
             )
-            part = run(Case(layout, whole.q[start:end], k_pages, v_pages))
+            part = run(Case(layout, whole.q[start:end], k_pages, v_pages), how)
             assert torch.equal(part, expected[start:end])
 
 
 def test_an_unknown_device_is_refused() -> None:
-    case = make_case([(3, 3)])
     with pytest.raises(RuntimeError, match="no kernels for device 'meta'"):
-        plan_attention(case.layout, 4, 2, torch.device("meta"))
+        choose_attention(4, 2, 64, torch.float32, torch.device("meta"))
+
+
+def test_native_attention_that_was_asked_for_and_cannot_serve_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"native attention does not work here for heads of 24 in torch\.float32"):
+        choose_attention(4, 2, 24, torch.float32, CPU, "native")

@@ -167,9 +167,8 @@ def logits(runner: Runner, row: Row, *others: Row) -> torch.Tensor:
     """Run rows as one step; return (num_new, vocab_size) float32 logits after every new token of the first."""
     probe = msgspec.structs.replace(row, sample=None, score_ids=row.token_ids, score_from=0)
     rest = tuple(msgspec.structs.replace(other, score_ids=None) for other in others)
-    config = runner.config
     with torch.inference_mode():
         batch = Batch((probe, *rest))
-        inputs = build_inputs(batch, runner.page_size, config.num_heads, config.num_kv_heads, torch.device("cpu"))
+        inputs = build_inputs(batch, runner.page_size, runner.attention.plan)
         hidden = runner.model.forward(inputs, runner.pool)
         return runner.model.logits(hidden[-len(row.token_ids) :])
