@@ -12,14 +12,15 @@
     with bo.Runtime() as rt:
         print(answer.run("What is 17 + 25?", backend=rt)["answer"])
 
-The map of this folder: a *program* (program.py, batch.py) runs with a *state* (state.py; group.py, scopes.py, tree.py,
+The map of this folder: a *program* (program.py) runs with a *state* (state.py; group.py, scopes.py, tree.py,
 streaming.py, awaiting.py are its parts) and appends *expressions* (expressions.py, sampling.py). The state's
 *interpreter* (interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py):
 the runtime reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one;
 recovery.py and record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects,
 reasoning.py parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. Whatever waits does so
-in waiting.py, on an event loop by way of onloop.py. errors.py is the tree of what can go wrong. cli.py is the `bough`
-command.
+in waiting.py, on an event loop by way of onloop.py. batchruns.py, batch.py and abatch.py run many items; book.py,
+inflight.py, retries.py, items.py, results.py, progress.py, hub.py and loopthread.py are their parts. errors.py is the
+tree of what can go wrong. cli.py is the `bough` command.
 
 What a gen is held to (constraint.py): grammars are values (grammars.py; lark_source.py writes them for the runtime,
 matching.py reads texts against them, samples.py makes texts); types are written and read by typed.py (scalars.py,
@@ -94,8 +95,10 @@ from bough.grammars import (
     until,
 )
 from bough.group import Group
+from bough.items import ItemState
 from bough.program import Program, function
 from bough.reasoning import ReasoningFormat, separate_reasoning
+from bough.retries import Retries
 from bough.scripted import ScriptedBackend
 from bough.spellings import NOT_HERE, gen_int, gen_string, image, video
 from bough.state import State
@@ -158,6 +161,7 @@ __all__ = [
     "Group",
     "InvalidRequest",
     "InvalidValue",
+    "ItemState",
     "OpenAI",
     "Overloaded",
     "Program",
@@ -165,6 +169,7 @@ __all__ = [
     "ProtocolMismatch",
     "ReasoningFormat",
     "ResourceExhausted",
+    "Retries",
     "Runtime",
     "RuntimeClient",
     "RuntimeEndpoint",

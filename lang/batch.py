@@ -1,45 +1,268 @@
-"""Runs many items with a bounded number in flight; the results come in the order of the items."""
+"""`run_batch`: many items of one program, a bounded number in flight, on a few threads.
+
+Each item is a body (waiting.py) on one of the batch's hubs (hub.py); book.py decides which starts when. Results are
+handed to the caller as they end, or put in order; one reader takes them, in any thread or in a body of its own.
+"""
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Final
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from bough.errors import InvalidRequest
-from bough.state import State
+import msgspec
 
-MAX_AUTO_THREADS: Final = 128
-"""Most items in flight with num_threads="auto". A thread only waits here; 128 keep a GPU runtime busy."""
+from bough.backend import Backend
+from bough.book import Book
+from bough.errors import BoughError, InvalidRequest, ProgramError
+from bough.hub import TICK_S, Hubs, Job
+from bough.inflight import InFlight, capacity_of, most_in_flight
+from bough.items import ItemState, SavedState, usage_of
+from bough.progress import Progress
+from bough.results import ResultsFile, keys_of
+from bough.retries import Retries, retries_from
+from bough.sampling import Sampling
+from bough.seeds import seeds_of_run
+from bough.streaming import Feed
+from bough.waiting import current_body
+
+if TYPE_CHECKING:
+    from bough.program import Program
+
+Order: TypeAlias = Literal["input", "completion"]
+Errors: TypeAlias = Literal["return", "raise"]
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def run_batch(jobs: Sequence[Callable[[], State]], num_threads: int | str, progress_bar: bool) -> list[State]:
-    """Run the jobs, each in the context of the caller; return their states in order."""
-    threads = _threads(num_threads, len(jobs))
-    if not jobs:
-        return []
-    with ThreadPoolExecutor(threads, thread_name_prefix="bough-batch") as pool:
-        futures = [pool.submit(contextvars.copy_context().run, job) for job in jobs]
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a batch is run; see `Program.run_batch`."""
+
+    most: int
+    is_lazy: bool
+    order: Order
+    errors: Errors
+    resume: str | os.PathLike[str] | None
+    progress_bar: bool
+    retries: Retries
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        num_threads: int | str,
+        max_in_flight: int | None,
+        generator_style: bool,
+        order: Order | None,
+        errors: Errors,
+        resume: str | os.PathLike[str] | None,
+        progress_bar: bool,
+        retries: Retries | int,
+    ) -> Options:
+        """Return the options. Raises InvalidRequest naming the one that cannot be."""
+        for name, value, allowed in (
+            ("order", order, (None, *_ORDERS)),
+            ("errors", errors, _ERRORS),
+        ):
+            if value not in allowed:
+                raise InvalidRequest(f"{name} must be one of {allowed}, got {value!r}", field=name)
+        return cls(
+            most=most_in_flight(num_threads, max_in_flight),
+            is_lazy=bool(generator_style) or order is not None,
+            order=order or "input",
+            errors=errors,
+            resume=resume,
+            progress_bar=progress_bar,
+            retries=retries_from(retries),
+        )
+
+
+_ORDERS: Final = ("input", "completion")
+_ERRORS: Final = ("return", "raise")
+
+
+class Batch:
+    """The items of one call of `run_batch` or `arun_batch`: what is to be run, and what has come of it."""
+
+    def __init__(
+        self, program: Program, calls: Sequence[Call], backend: Backend, sampling: Sampling, options: Options
+    ) -> None:
+        self.program = program
+        self.options = options
+        self.news = Feed()  # after each result
+        self._calls = calls
+        self._backend = backend
+        self._sampling = sampling
+        # In the order of the items, so that which one is faster changes no text.
+        self._seeds = [seeds_of_run(sampling.params.seed, backend).run for _ in calls]
+        self._results: deque[ItemState] = deque()
+        self._lock = threading.Lock()  # of the file and the progress bar
+        self._file: ResultsFile | None = None
+        self._keys: list[str] = []
+        saved = self._open_file()
+        todo = [index for index in range(len(calls)) if index not in saved]
+        bound = InFlight(options.most, capacity_of(backend.server_info()))
+        self.book = Book(todo, bound, options.retries, is_lazy=options.is_lazy)
+        self.failure: BaseException | None = None
+        self._progress = Progress(len(calls), len(saved)) if options.progress_bar else None
+        self._live: set[ItemState] = set()
+        for state in saved.values():
+            self._results.append(state)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    # ------------------------------------------------------------------------------------------ what is run
+
+    def call_of(self, index: int, attempt: int) -> tuple[ItemState, Call]:
+        """Return a new state for a try of an item, and the arguments of its program."""
+        state = ItemState.of(index, attempt, self._backend, self._sampling_of(index), self.program.__name__)
+        self._live.add(state)
+        if self.book.is_stopped:  # in between: `stop` has not seen it
+            state.cancel()
+        return state, self._calls[index]
+
+    def _sampling_of(self, index: int) -> Sampling:
+        params = msgspec.structs.replace(self._sampling.params, seed=self._seeds[index])
+        return replace(self._sampling, params=params)
+
+    def ended(self, state: ItemState) -> None:
+        """Take in that a try has ended; its state is done. Hands the result over, or has it tried again."""
+        self._live.discard(state)
+        error, usage = state.error(), usage_of(state)
+        is_over = self.book.ended(state.index, error, usage.written_tokens, time.monotonic())
+        if is_over and not self.book.is_stopped:
+            try:
+                with self._lock:
+                    if self._file is not None:
+                        self._file.append(self._keys[state.index], state, error)
+                    if self._progress is not None:
+                        self._progress.ended(usage, error)
+            except BaseException as problem:  # a full disk: the batch cannot keep what it promised to keep
+                self.failed(problem)
+            self._results.append(state)
+        self.news.notify()
+
+    def failed(self, error: BaseException) -> None:
+        """Take in what no item can be blamed for: it ends the batch, and is raised by its reader."""
+        if self.failure is None:
+            self.failure = error
+        self.book.stop()
+        self.news.notify()
+
+    def stop(self) -> None:
+        """Start nothing more, end what is in flight in the backend, and close the file."""
+        self.book.stop()
+        for state in list(self._live):
+            state.cancel()
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+            if self._progress is not None:
+                self._progress.close()
+
+    # ------------------------------------------------------------------------------------------ what comes of it
+
+    def ready(self, ordered: dict[int, ItemState], num_given: int) -> ItemState | None:
+        """Return the next result that is there, in the order asked for; None if it has to be waited for."""
+        if self.failure is not None:
+            raise self.failure
+        while self._results:
+            state = self._results.popleft()
+            if self.options.order == "completion":
+                return self._checked(state)
+            ordered[state.index] = state
+        found: ItemState | None = ordered.pop(num_given, None)
+        return None if found is None else self._checked(found)
+
+    def _checked(self, state: ItemState) -> ItemState:
+        if not state.is_saved:
+            self.book.consumed()
+        error = state.error() if self.options.errors == "raise" else None
+        if error is None:
+            return state
+        if isinstance(error, BoughError):
+            raise error.again() from error.__cause__
+        raise ProgramError(
+            f"item {state.index} of the batch: the program raised {type(error).__name__}: {error}", index=state.index
+        ) from error
+
+    # ------------------------------------------------------------------------------------------ the file
+
+    def _open_file(self) -> dict[int, SavedState]:
+        if self.options.resume is None:
+            return {}
+        program = self.program
+        arguments = [program._arguments_of(args, kwargs) for args, kwargs in self._calls]
+        self._keys = keys_of(program.__name__, arguments, [self._sampling.params, self._sampling.n])
+        self._file = ResultsFile(self.options.resume)
+        saved: dict[int, SavedState] = {}
+        for index, key in enumerate(self._keys):
+            found = self._file.saved.get(key)
+            if found is not None:
+                sampling = self._sampling_of(index)
+                saved[index] = SavedState.read(index, found, self._backend, sampling, program.__name__)
+        return saved
+
+
+def run_batch(batch: Batch) -> Iterator[ItemState]:
+    """Run a batch on threads; yield its results, in the order asked for. Leaving the iterator ends the batch."""
+    hubs: Hubs | None = None
+    ordered: dict[int, ItemState] = {}
+    try:
+        if not batch.book.is_over:
+            hubs = _hubs(batch)  # nothing runs before `start`: whatever interrupts that finds what to stop
+            hubs.start()
+        for num_given in range(len(batch)):
+            while True:
+                seen = batch.news.version  # read before looking: what comes in between is news
+                state = batch.ready(ordered, num_given)
+                if state is not None:
+                    break
+                _wait(batch, seen, hubs)
+            yield state
+            if hubs is not None:
+                hubs.nudge()  # what was started may have been bounded by this reader
+    finally:
         try:
-            if progress_bar:
-                _show_progress(futures)
-            return [future.result() for future in futures]
-        except BaseException:  # an interrupt: start nothing more, then let it pass
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            batch.stop()
+        finally:
+            if hubs is not None:
+                hubs.stop()
 
 
-def _threads(num_threads: int | str, size: int) -> int:
-    if num_threads == "auto":
-        return max(1, min(size, MAX_AUTO_THREADS))
-    if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
-        raise InvalidRequest(f'num_threads must be "auto" or at least 1, got {num_threads!r}', field="num_threads")
-    return max(1, min(size, num_threads))
+def _wait(batch: Batch, seen: int, hubs: Hubs | None) -> None:
+    """Return once there is news; meanwhile see to it that the hubs are not all held up."""
+    if hubs is None or current_body() is not None:
+        batch.news.wait(seen)
+        return
+    over = threading.Event()
+    if batch.news.call_once(seen, over.set):
+        while not over.wait(TICK_S):
+            hubs.watch()
 
 
-def _show_progress(futures: Sequence[Future[State]]) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+def _hubs(batch: Batch) -> Hubs:
+    book, program = batch.book, batch.program
 
-    for _ in tqdm(as_completed(futures), total=len(futures)):
-        pass
+    def take() -> Job | None:
+        taken = book.take(time.monotonic())
+        return None if taken is None else partial(run, *taken)
+
+    def run(index: int, attempt: int) -> None:
+        try:
+            state, (args, kwargs) = batch.call_of(index, attempt)
+            program._attempt(state, args, kwargs)
+            batch.ended(state)
+        except BaseException as error:  # nothing of the item's own: that is its result
+            batch.failed(error)
+        hubs.nudge()
+
+    name, most = f"bough-batch-{program.__name__}", min(batch.options.most, len(batch))
+    hubs = Hubs(name, most, take, lambda: book.is_over, lambda: book.patience_s(time.monotonic()))
+    return hubs

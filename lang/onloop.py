@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from greenlet import getcurrent
 
 from bough.errors import InvalidRequest
+from bough.hub import HubBody
 from bough.waiting import Body, Subscribe, current_body, in_async_program, running_loop, wake
 
 T = TypeVar("T")
@@ -63,16 +64,15 @@ async def on_loop(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return result
 
 
-async def in_body(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Await a coroutine whose own code may also read without awaiting."""
-    body = LoopBody(lambda: body.await_(coroutine), asyncio.get_running_loop())
+async def in_body(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Await the coroutine that `make` returns; its own code may also read without awaiting."""
+    body = LoopBody(lambda: body.await_(make()), asyncio.get_running_loop())
     token = in_async_program.set(True)
     try:
         result: T = await _driven(body)
         return result
     finally:
         in_async_program.reset(token)
-        coroutine.close()  # if it never began; it has ended otherwise
 
 
 def block_on(make: Callable[[], Coroutine[Any, Any, T]], name: str) -> T:
@@ -82,12 +82,14 @@ def block_on(make: Callable[[], Coroutine[Any, Any, T]], name: str) -> T:
     """
     body = current_body()
     if isinstance(body, LoopBody):
-        return body.await_(in_body(make()))
+        return body.await_(in_body(make))
+    if isinstance(body, HubBody):
+        return body.run_coroutine(lambda: in_body(make))
     if running_loop() is not None:
         raise InvalidRequest(
             f"{name} is an async program: in a running event loop use `await {name}.arun(...)`, not run()"
         )
-    return asyncio.run(in_body(make()))
+    return asyncio.run(in_body(make))
 
 
 @types.coroutine

@@ -11,6 +11,7 @@ from typing import Any, Final, overload
 
 from bough import seeds
 from bough.backend import Backend, chosen, default_backend
+from bough.batchruns import BatchRuns
 from bough.errors import InvalidRequest
 from bough.sampling import SAMPLING_NAMES, Sampling, count, sampling_from
 from bough.state import State
@@ -19,7 +20,7 @@ from bough.streaming import Run
 _RESERVED: Final = ("stream", "backend")
 
 
-class Program:
+class Program(BatchRuns):
     """A Python function whose first parameter is the state it writes to."""
 
     def __init__(self, func: Callable[..., Any], bound: Mapping[str, Any] | None = None) -> None:
@@ -38,11 +39,12 @@ class Program:
             raise InvalidRequest(
                 f"{func.__name__}: a program returns, it cannot yield; its text is what it appends to its state"
             )
-        self._is_async = inspect.iscoroutinefunction(func)
+        self.is_async = inspect.iscoroutinefunction(func)
         self._names = frozenset(parameter.name for parameter in parameters[1:])
         for name in _RESERVED:
             if name in self._names:
                 raise InvalidRequest(f"{func.__name__}: the parameter {name!r} is taken by run() itself")
+        self.__name__: str = func.__name__
         functools.update_wrapper(self, func)
 
     def __repr__(self) -> str:
@@ -101,30 +103,6 @@ class Program:
         await self._on_loop(state, args, arguments)
         return state
 
-    def run_batch(
-        self,
-        batch_kwargs: Sequence[Mapping[str, Any] | Sequence[Any]],
-        *,
-        num_threads: int | str = "auto",
-        progress_bar: bool = False,
-        backend: Backend | None = None,
-        **sampling: Any,
-    ) -> list[State]:
-        """Run the program once per item (a dict of arguments, or a tuple of positional ones); return states in order.
-
-        Returns when all are done. Whatever goes wrong in one item, in the program or in the backend, is that state's
-        `error()` and costs no other item anything. `num_threads` is how many items are in flight at once.
-        """
-        from bough.batch import run_batch
-
-        target = chosen(backend)
-        defaults, rest = self._split(sampling)
-        if rest:
-            raise TypeError(f"run_batch() got an unexpected keyword argument {next(iter(rest))!r}")
-        calls = [self._call_of(index, item) for index, item in enumerate(batch_kwargs)]
-        jobs = [functools.partial(self._attempt, target, defaults, args, kwargs) for args, kwargs in calls]
-        return run_batch(jobs, num_threads, progress_bar)
-
     # ------------------------------------------------------------------------------------------ one run
 
     def _split(self, kwargs: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
@@ -136,7 +114,7 @@ class Program:
 
     def _body(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the function; programs that it runs without a backend use this one."""
-        if self._is_async:
+        if self.is_async:
             from bough.onloop import block_on
 
             return block_on(lambda: self._async_body(state, args, kwargs), self._func.__name__)
@@ -160,8 +138,8 @@ class Program:
         from bough.onloop import in_body, on_loop
 
         try:
-            if self._is_async:
-                await in_body(self._async_body(state, args, kwargs))
+            if self.is_async:
+                await in_body(lambda: self._async_body(state, args, kwargs))
             else:
                 await on_loop(self._body, state, args, kwargs)
         except Exception:
@@ -212,35 +190,6 @@ class Program:
                 raise
         finally:
             run.finish(error)
-
-    # ------------------------------------------------------------------------------------------ batches
-
-    def _call_of(self, index: int, item: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return one item as arguments. Raises InvalidRequest, before anything runs, if they do not fit the program."""
-        if isinstance(item, Mapping):
-            args, kwargs = (), dict(item)
-        elif isinstance(item, Sequence) and not isinstance(item, (str, bytes)):
-            args, kwargs = tuple(item), {}
-        else:
-            raise InvalidRequest(f"item {index} of a batch must be a dict or a tuple of arguments, got {item!r}")
-        try:
-            self._signature.bind(None, *args, **{**self._bound, **kwargs})
-        except TypeError as error:
-            raise InvalidRequest(f"item {index} of the batch does not fit {self!r}: {error}") from None
-        return args, kwargs
-
-    def _attempt(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:
-        run = Run()
-        state = State(backend, sampling, title=self._func.__name__)
-        state._run = run
-        try:
-            self._body(state, args, kwargs)
-        except Exception as error:  # one item's failure is that item's result
-            run.finish(error)
-        else:
-            run.finish(None)
-        state.sync()
-        return state
 
     def _takes_any_keyword(self) -> bool:
         return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._signature.parameters.values())

@@ -420,4 +420,4 @@ def test_reasoning_models_and_server_information() -> None:
 
 @pytest.mark.parametrize("program", [few_shot_qa, tree_search, react])
 def test_programs_say_what_they_are(program: sgl.Program) -> None:
-    assert repr(program).startswith(f"<program {program.__name__}(s, question")  # type: ignore[attr-defined]
+    assert repr(program).startswith(f"<program {program.__name__}(s, question")
