@@ -24,7 +24,8 @@ tree of what can go wrong. cli.py is the `bough` command.
 
 What a gen is held to (constraint.py): grammars are values (grammars.py; lark_source.py writes them for the runtime,
 matching.py reads texts against them, samples.py makes texts); types are written and read by typed.py (scalars.py,
-schemas.py; partial.py and growth.py while they are written, var.py names their results).
+schemas.py; partial.py and growth.py while they are written, var.py names their results). thinking.py
+makes thoughts that later context forgets.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ from bough.retries import Retries
 from bough.scripted import ScriptedBackend
 from bough.spellings import NOT_HERE, gen_int, gen_string, image, video
 from bough.state import State
+from bough.thinking import think
 from bough.tools import Tool, ToolCall, ToolResult, tool
 from bough.var import Var
 
@@ -220,6 +222,7 @@ __all__ = [
     "system",
     "system_begin",
     "system_end",
+    "think",
     "token_length_normalized",
     "tool",
     "unconditional_likelihood_normalized",

@@ -50,6 +50,7 @@ class Gen(Expression):
     n: int | None
     timeout_s: float | None
     constraint: Constraint | None = None
+    is_kept: bool = True  # in the text and the context, once the message has ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,8 +293,8 @@ def substring_of(text: str, by: Literal["chars", "words"] = "words") -> Grammar:
 def json_schema(schema: str | Mapping[str, Any] | type[Any]) -> Grammar:
     """Match the JSON texts of a schema, given as JSON text, a dict or a pydantic model.
 
-    They are written as `{"a": 1, "b": [2, 3]}`, without any other blanks, unless the schema has options of its own
-    under "x-guidance". Raises InvalidRequest naming the keyword that cannot be kept to.
+    They are written as `{"a": 1, "b": [2, 3]}`, without any other blanks. Raises InvalidRequest naming the keyword that
+    cannot be kept to.
     """
     from bough.schemas import schema_text
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,6 +25,9 @@ from bough.sampling import Sampling
 from bough.seeds import Path, Seeds, seeds_of_run
 from bough.streaming import Feed
 from bough.waiting import wait
+
+if TYPE_CHECKING:
+    from bough.thinking import Thought
 
 
 class Lease:
@@ -64,6 +67,7 @@ class Interpreter:
         "_num_gens",
         "_path",
         "_sent",
+        "_thought",
         "_undecided",
         "backend",
         "feed",
@@ -91,6 +95,7 @@ class Interpreter:
         self._last_extend: Future[protocol.Extended] | None = None
         self._ancestors: list[tuple[Branch, Sequence[Future[Any]]]] = []  # left behind by gens with n > 1
         self._undecided: DecidedCall | None = None  # not sent yet, it waits for its scores
+        self._thought: Thought | None = None  # to be forgotten when its message has ended
         self._closed: BoughError | None = None
         self.seeds = seeds or seeds_of_run(sampling.params.seed, backend)
         self._path: Path = ()  # the place in the program, with the two counts
@@ -101,10 +106,14 @@ class Interpreter:
     def append(self, pieces: Sequence[Piece]) -> list[Call]:
         """Append pieces; return the calls among them. Raises InvalidRequest before anything is appended."""
         self._await_decision()
+        self._forget()
         with self.lock:
             self._check_open()
             self._check(pieces)
-            return [call for piece in pieces if (call := self._append(piece)) is not None]
+            calls = [call for piece in pieces if (call := self._append(piece)) is not None]
+            if self._thought is not None and self.role is None:
+                self._thought.is_due = True
+            return calls
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         """Follow roles and parameters through the pieces, so that a refused expression leaves no trace."""
@@ -136,10 +145,14 @@ class Interpreter:
             return None
         self.role = piece.role if isinstance(piece, RoleBegin) else None
         self.strand.items.append(Mark(self.role))
+        if self._thought is not None and self.role is None:
+            self._thought.is_due = True
         return None
 
     def _generate(self, gen: Gen) -> Call:
         self.flush()
+        if not gen.is_kept:
+            self._begin_thought()
         params = self._params(gen)
         n = gen.n or self.sampling.n
         chunks: list[Delta] | None = None if self.feed is None else []
@@ -246,6 +259,7 @@ class Interpreter:
     def flush(self) -> None:
         """Send the text and roles that were collected, neighbouring text as one."""
         self._await_decision()
+        self._forget()
         with self.lock:
             items = self.strand.items
             if self._sent == len(items) or self._closed is not None:
@@ -266,6 +280,26 @@ class Interpreter:
         undecided = self._undecided
         if undecided is not None:
             wait(undecided.reply)
+
+    def _begin_thought(self) -> None:
+        if self._thought is None:
+            from bough.thinking import Thought
+
+            self._thought = Thought(self)
+        else:
+            self._thought.add(self)
+
+    def _forget(self) -> None:
+        """Forget the thoughts of a message that has ended; what was written after them has to be known for that."""
+        thought = self._thought
+        if thought is None or not thought.is_due or self._closed is not None:
+            return
+        for future in thought.futures(self.strand.items):
+            wait(future)
+        with self.lock:
+            if self._thought is thought:  # another thread may have been here
+                self._thought = None
+                thought.forget(self)
 
     # ------------------------------------------------------------------------------------------ read
 
@@ -304,6 +338,8 @@ class Interpreter:
         with self.lock:
             self._check_open()
             self.flush()
+            if self._thought is not None:
+                raise InvalidRequest("a fork inside a message would keep its thought, which think(keep=False) forgets")
             trunk = Trunk(self.trunk, self.strand, len(self.strand.items))
             children = [Interpreter(self.backend, self.sampling, seeds=self.seeds) for _ in range(size)]
             branches = self.backend.fork(self._branch(), size)
@@ -360,11 +396,10 @@ def _parts_of(items: Sequence[Item]) -> tuple[list[protocol.Part], list[Mark]]:
     marks: list[Mark] = []
     text: list[str] = []
     for item in items:
-        if isinstance(item, (str, DecidedCall)):
-            if isinstance(item, str) or item.reply.exception() is None:  # else the branch is poisoned already
+        if not isinstance(item, Mark):  # a gen or select is sent when it is appended, and as its text when once more
+            if isinstance(item, str) or item.futures()[0].exception() is None:  # else the branch is poisoned already
                 text.append(item if isinstance(item, str) else item.text())
             continue
-        assert isinstance(item, Mark), "gens and selects are sent when they are appended"
         if text:
             parts.append(protocol.Text("".join(text)))
             text = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bough.errors import InvalidRequest
 from bough.grammars import (
@@ -34,6 +34,18 @@ from bough.grammars import (
     recursive_rules,
     walk,
 )
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+JSON_STYLE: Final[JsonCompileOptions] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    # Without \u: half of a surrogate pair is no text. Every character can be written as itself.
+    "json_allowed_escapes": '"\\nrbtf',
+}
+"""How JSON is written: as Python writes it. Free blanks would let a model indent for ever."""
 
 _ANY: Final = "/(?s:.*)/"
 
@@ -93,7 +105,8 @@ class _Writer:
         if isinstance(grammar, Rule):
             return self._rule(grammar) if grammar in self._recursive else self._expression(grammar.body)
         if isinstance(grammar, Json):
-            return "%json " + grammar.schema
+            schema = json.loads(grammar.schema)
+            return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE}, ensure_ascii=False)
         assert isinstance(grammar, Lark), "all the others are regular"
         return "%lark {\n" + grammar.source + "\n}"
 

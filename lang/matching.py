@@ -31,6 +31,7 @@ from bough.grammars import (
     one_of,
     walk,
 )
+from bough.lark_source import JSON_STYLE
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
@@ -203,7 +204,9 @@ def _compiled(kind: Literal["regex", "lark", "json_schema"], source: str) -> str
 
     if kind == "regex":
         return LLMatcher.grammar_from_regex(source)
-    return LLMatcher.grammar_from_lark(source) if kind == "lark" else LLMatcher.grammar_from_json_schema(source)
+    if kind == "lark":
+        return LLMatcher.grammar_from_lark(source)
+    return LLMatcher.grammar_from_json_schema(source, overrides=JSON_STYLE)
 
 
 def _reason(message: str) -> str:

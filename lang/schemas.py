@@ -20,16 +20,6 @@ from bough.errors import InvalidRequest, InvalidValue
 
 Schema: TypeAlias = dict[str, Any]
 
-STYLE: Final[Mapping[str, object]] = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    # Without \u: half of a surrogate pair is no text. Every character can be written as itself.
-    "json_allowed_escapes": '"\\nrbtf',
-}
-"""How JSON is written: as Python writes it. Free blanks would let a model indent for ever."""
-
-
 _JSON: Final[Schema] = {"$ref": "#/$defs/JSON"}
 ANY: Final[Schema] = {
     "anyOf": [
@@ -61,12 +51,14 @@ def schema_text(schema: object) -> str:
             raise InvalidRequest(f"json_schema is not JSON: {error}", field="json_schema") from None
     if parsed is True:
         parsed = {}
+    if isinstance(parsed, Mapping) and "x-guidance" in parsed:
+        raise InvalidRequest("json_schema: options under 'x-guidance' are not supported", field="json_schema")
     if not isinstance(parsed, Mapping):
         raise InvalidRequest(
             f"json_schema must be a dict, its JSON text or a pydantic model, got {schema!r}", field="json_schema"
         )
     try:
-        text = json.dumps({**parsed, "x-guidance": parsed.get("x-guidance", STYLE)}, ensure_ascii=False)
+        text = json.dumps(parsed, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"json_schema cannot be written as JSON: {error}", field="json_schema") from None
     check_schema(text)
@@ -84,7 +76,7 @@ class Reading:
 
         self.type = type
         schema, self._decode = _of_msgspec(type) or _of_pydantic(type)
-        self.schema = json.dumps({**schema, "x-guidance": STYLE}, ensure_ascii=False)
+        self.schema = json.dumps(schema, ensure_ascii=False)
         check_schema(self.schema)
 
     def read(self, text: str) -> Any:
