@@ -8,7 +8,7 @@ import triton.language as tl
 
 from bough.kernels.tuning import padded_head_dim
 
-_BLOCK_PARTS = 16
+BLOCK_PARTS = 16
 
 
 @triton.jit
@@ -65,6 +65,11 @@ def merge_partials(
     assert out.is_contiguous(), "the output must be contiguous"
     merge_partials_kernel[(num_tokens, num_heads)](
         part_out, part_lse, merge_indptr, merge_indices, out,
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_P=_BLOCK_PARTS,
-        num_warps=4 if head_dim > 64 else 2,
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_P=BLOCK_PARTS,
+        num_warps=warps_for(head_dim),
     )  # fmt: skip
+
+
+def warps_for(head_dim: int) -> int:
+    """Return warps for tiles of BLOCK_PARTS partial results."""
+    return 4 if head_dim > 64 else 2

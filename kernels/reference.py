@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from bough.kernels.paged_kv import QUANTISED_DTYPES, PagedKV
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -104,3 +106,104 @@ def merge_partials(
             weights = (part_lse[parts] * math.log(2)).softmax(0)
             out[token] = (weights.unsqueeze(-1) * part_out[parts]).sum(0)
     return out
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return s = x + residual (x without one) and s / sqrt(mean(s²) + eps) · weight over the last axis, in x's dtype.
+
+    Computed in float32; s is rounded before the norm, and the norm before the weight, as transformers does.
+    """
+    s = x if residual is None else x + residual
+    wide = s.float()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return s, normed.to(x.dtype) * weight
+
+
+def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) · up for gate_up (num_tokens, 2 * size), silu in float32 and rounded to the dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.float()).to(up.dtype) * up
+
+
+def quantise(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values (..., head_dim) in int8 or float8_e4m3fn and their scales (...,) float32.
+
+    scale = max|values| / largest number of the dtype; a value is quantised · scale. Integers: nearest, halves up.
+    """
+    wide = values.float()
+    scales = wide.abs().amax(-1) / QUANTISED_DTYPES[dtype]
+    units = wide / scales.where(scales > 0, 1.0).unsqueeze(-1)
+    return (units + 0.5).floor().to(dtype) if dtype == torch.int8 else units.to(dtype), scales
+
+
+def dequantised(kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values that the pages stand for, float64."""
+    if kv.k_scales is None or kv.v_scales is None:
+        return kv.k.double(), kv.v.double()
+    return kv.k.double() * kv.k_scales.unsqueeze(-1), kv.v.double() * kv.v_scales.unsqueeze(-1)
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, kv: PagedKV, slots: torch.Tensor) -> None:
+    """Write k, v (num_tokens, num_kv_heads, head_dim) into slots (num_tokens,), in place; skip negative slots."""
+    stored = slots >= 0
+    for values, pages, scales in ((k, kv.k, kv.k_scales), (v, kv.v, kv.v_scales)):
+        written = values[stored]
+        if scales is not None:
+            written, row_scales = quantise(written, pages.dtype)
+            scales.flatten(0, 1)[slots[stored]] = row_scales
+        pages.flatten(0, 1)[slots[stored]] = written.to(pages.dtype)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return heads (num_tokens, num_heads, head_dim), channel pairs (i, i + head_dim / 2) turned, in their dtype.
+
+    cos, sin: (num_tokens, head_dim / 2) float32 of each token's angles. Computed in float32.
+    """
+    first, second = heads.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+
+
+def penalise(
+    logits: torch.Tensor,
+    indptr: torch.Tensor,
+    token_ids: torch.Tensor,
+    counts: torch.Tensor,
+    biases: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> torch.Tensor:
+    """Return logits (num_rows, vocab_size) with penalties and biases; arguments as in `logits.penalise`.
+
+    In this order: a seen token's positive logit is divided and a negative one multiplied by `repetition`; a generated
+    token's loses frequency · count + presence; the bias is added.
+    """
+    out = logits.clone()
+    for row in range(len(logits)):
+        for entry in range(int(indptr[row]), int(indptr[row + 1])):
+            token, count = int(token_ids[entry]), int(counts[entry])
+            value = out[row, token]
+            if count >= 0:
+                value = value / repetition[row] if value > 0 else value * repetition[row]
+            if count > 0:
+                value = value - (frequency[row] * count + presence[row])
+            out[row, token] = value + biases[entry]
+    return out
+
+
+def prepare_logits(
+    logits: torch.Tensor, masks: torch.Tensor, mask_rows: torch.Tensor, temperatures: torch.Tensor
+) -> torch.Tensor:
+    """Return logits (num_rows, vocab_size) in float32, -inf where a row's mask forbids, divided by its temperature.
+
+    Bit i % 32 of word i // 32 of masks[mask_rows[row]] is set where token i is allowed; row -1 allows all. Temperature
+    0 divides by nothing.
+    """
+    tokens = torch.arange(logits.shape[1])
+    bits = (masks[:, tokens // 32] >> (tokens % 32)) & 1
+    allowed = torch.where((mask_rows < 0).unsqueeze(1), True, bits[mask_rows.clamp(min=0)] != 0)
+    masked = logits.float().masked_fill(~allowed, float("-inf"))
+    return masked / temperatures.where(temperatures > 0, 1.0).unsqueeze(1)

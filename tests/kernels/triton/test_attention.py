@@ -9,30 +9,35 @@ import pytest
 import torch
 from paged_cases import PagedCase, Path, make_case
 
+from bough.kernels import reference
 from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, choose_kernels, plan_step, run
+from bough.kernels.decode import attend_items
+from bough.kernels.merge import merge_partials
 from bough.kernels.paged_kv import PagedKV
+from bough.kernels.reference import dequantised, quantise
 from bough.kernels.reference import paged_attention as definition
 
-ROOT, LEFT, RIGHT, LEAF = ("root", 70), ("left", 40), ("right", 19), ("leaf", 33)
-# (path, new tokens): two forks below one root, one of them forked again; strangers; one token; a cold prompt; short
-# extends of a shared prefix, which are rows of one item; a sequence that ends where another goes on.
+ROOT, LEFT, RIGHT, LEAF = ("root", 36), ("left", 20), ("right", 15), ("leaf", 17)
+# (path, new tokens): two forks below one root, one of them forked again; strangers; one token.
 TREE: list[tuple[Path, int]] = [
     ((ROOT, LEFT, ("a", 5)), 1),
-    ((ROOT, LEFT, ("b", 30)), 1),
+    ((ROOT, LEFT, ("b", 13)), 1),
     ((ROOT, RIGHT, ("c", 1)), 1),
     ((ROOT, RIGHT, LEAF, ("d", 2)), 1),
     ((ROOT, RIGHT, LEAF, ("e", 9)), 1),
-    ((("stranger", 150),), 1),
+    ((("stranger", 70),), 1),
     ((("one", 1),), 1),
 ]
+# Short extends of a shared prefix, which are rows of one item; a cold prompt; a long extend of what is cached.
 MIXED: list[tuple[Path, int]] = [
-    *TREE[:4],
+    *TREE[:3],
     ((ROOT, LEFT, ("f", 6)), 6),
     ((ROOT, LEFT, ("g", 7)), 3),
-    ((("cold", 37),), 37),
-    ((ROOT, ("extend", 30)), 25),
+    ((("cold", 19),), 19),
+    ((ROOT, ("extend", 20)), 17),
     ((("alone", 1),), 1),
 ]
+FEW = [MIXED[0], MIXED[2], *MIXED[4:6]]
 
 
 def kernels_for(case: PagedCase, exact_split: int | None = None, **options: object) -> Kernels:
@@ -70,11 +75,11 @@ def run_definition(case: PagedCase, window: int | None = None, soft_cap: float |
     return definition(q, k, v, qo_indptr, kv_indptr, kv_indices, kv_lens, scale, window=window, soft_cap=soft_cap)
 
 
-@pytest.mark.parametrize("heads", [(4, 4, 32), (4, 2, 64), (6, 2, 80), (3, 1, 96), (8, 2, 128), (2, 1, 256)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (6, 2, 80), (3, 1, 96), (8, 2, 128), (2, 1, 256)], ids=str)
 def test_a_tree_with_extends_and_prefills_agrees_with_the_definition(
     heads: tuple[int, int, int], device: torch.device
 ) -> None:
-    case = make_case(MIXED, heads)
+    case = make_case(MIXED if heads[0] == 6 else FEW, heads)
     found = run_kernels(case, kernels_for(case), device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
 
@@ -88,7 +93,7 @@ def test_sharing_changes_nothing_but_rounding(page_size: int, share: bool, devic
 
 
 def test_a_group_of_more_heads_than_a_tile_has_rows_takes_several(device: torch.device) -> None:
-    case = make_case([TREE[0], TREE[2], MIXED[6]], (19, 1, 64))
+    case = make_case([TREE[0], TREE[2], MIXED[5]], (19, 1, 64))
     found = run_kernels(case, kernels_for(case), device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
 
@@ -98,9 +103,60 @@ def test_a_group_of_more_heads_than_a_tile_has_rows_takes_several(device: torch.
 def test_16_bit_numbers_agree_with_the_definition(
     heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    case = make_case(MIXED, heads, dtype=dtype)
+    case = make_case(FEW, heads, dtype=dtype)
     found = run_kernels(case, kernels_for(case), device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_keys_and_values_are_read_with_their_scales(
+    dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Against the definition on what the quantised pages stand for, whatever was lost on the way there."""
+    case = make_case(FEW, (4, 2, 48), dtype=dtype)
+    is_token = ~case.k_pages[..., :1].isnan()
+    (k, k_scales), (v, v_scales) = (quantise(pages, kv_dtype) for pages in (case.k_pages, case.v_pages))
+    kv = PagedKV(*(x.to(device) for x in (k, v, k_scales, v_scales)))
+    meant = [pages.where(is_token, torch.nan) for pages in dequantised(PagedKV(k, v, k_scales, v_scales))]
+    found = run_kernels(case, kernels_for(replace(case, k_pages=k)), device, kv)
+    expected = run_definition(replace(case, k_pages=meant[0], v_pages=meant[1]))
+    atol, rtol = (2e-6, 0.0) if dtype == torch.float32 else (1e-2, 1e-2)
+    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
+
+
+def test_partial_results_and_their_merge_agree_with_their_definitions(device: torch.device) -> None:
+    case = make_case([((("x", 40),), 16), *TREE[:3]])
+    kernels = kernels_for(case)
+    plan = plan_step(case.layout, kernels)
+    buffers = PlanBuffers(Capacity.of(plan), case.q.shape[1], case.q.shape[2], device)
+    buffers.write(plan)
+    buffers.part_out.fill_(torch.nan)
+    buffers.part_lse.fill_(torch.nan)
+    kv, q = PagedKV(case.k_pages.to(device), case.v_pages.to(device)), case.q.to(device)
+    scale = 32**-0.5
+    for items, count, config in (
+        (buffers.narrow, buffers.num_narrow, kernels.narrow),
+        (buffers.wide, buffers.num_wide, kernels.wide),
+    ):
+        attend_items(
+            q, kv, buffers.kv_indices, buffers.visible_lens, items, count, buffers.rows,
+            buffers.part_out, buffers.part_lse, scale, config, 3,
+        )  # fmt: skip
+    items = torch.from_numpy(np.concatenate([plan.tree.narrow, plan.tree.wide]))
+    visible_lens, rows = torch.from_numpy(plan.visible_lens), torch.from_numpy(plan.tree.rows)
+    out, lse = reference.attend_items(
+        case.q.double(), case.k_pages.double(), case.v_pages.double(), torch.from_numpy(plan.kv_indices),
+        visible_lens, items, rows, plan.tree.num_partials, scale,
+    )  # fmt: skip
+    assert bool(lse.isneginf().any()), "some extended token does not see the last keys of its item"
+    torch.testing.assert_close(buffers.part_out.cpu().double(), out.nan_to_num(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(buffers.part_lse.cpu().double(), lse, atol=4e-6, rtol=0)
+    found = torch.full_like(q, torch.nan)
+    merge_partials(buffers.part_out, buffers.part_lse, buffers.merge_indptr, buffers.merge_indices, found)
+    indptr, indices = torch.from_numpy(plan.tree.merge_indptr), torch.from_numpy(plan.tree.merge_indices)
+    expected = reference.merge_partials(out.nan_to_num(), lse, indptr, indices)
+    torch.testing.assert_close(found.cpu().double(), expected, atol=2e-6, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(20, None), (None, 2.0), (50, 5.0)])
@@ -118,7 +174,7 @@ def test_exact_mode_gives_a_sequence_the_same_bits_alone_and_in_any_tree(
     expected = run_kernels(whole, kernels_for(whole, exact_split=32, window=window), device)
     torch.testing.assert_close(expected.double(), run_definition(whole, window), atol=2e-6, rtol=0)
     ends = whole.layout.qo_indptr
-    for b, sequence in enumerate(MIXED):
+    for b, sequence in list(enumerate(MIXED))[2:]:
         alone = make_case([sequence])
         alone.q.copy_(whole.q[ends[b] : ends[b + 1]])
         part = run_kernels(alone, kernels_for(alone, exact_split=32, window=window), device)
@@ -126,10 +182,10 @@ def test_exact_mode_gives_a_sequence_the_same_bits_alone_and_in_any_tree(
 
 
 def test_exact_mode_gives_a_prefill_the_same_bits_in_any_chunks(device: torch.device) -> None:
-    path: Path = (("cold", 100),)
-    whole = make_case([(path, 100)])
+    path: Path = (("cold", 50),)
+    whole = make_case([(path, 50)])
     expected = run_kernels(whole, kernels_for(whole, exact_split=32), device)
-    for begin, end in [(0, 7), (7, 39), (39, 100), (99, 100)]:
+    for begin, end in [(0, 7), (7, 39), (39, 50), (49, 50)]:
         layout = replace(
             whole.layout,
             qo_indptr=np.array([0, end - begin], dtype=np.int32),
