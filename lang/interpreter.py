@@ -275,6 +275,13 @@ class Interpreter:
             self._undecided = None
         self._notify_when_done(reply)
 
+    def tell_tools(self, definitions: str) -> None:
+        """Have the chat template tell of tools, from the first message on."""
+        with self.lock:
+            self._check_open()
+            self.flush()
+            self._last_extend = self.backend.extend(self._branch(), [protocol.Tools(definitions)])
+
     def _await_decision(self) -> None:
         """Wait for a choice that the program takes itself, before the lock is taken: a cancel must get through."""
         undecided = self._undecided

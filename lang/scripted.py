@@ -179,6 +179,8 @@ class ScriptedBackend:
                     target.append(part.text)
                 elif isinstance(part, protocol.Tokens):
                     raise InvalidRequest("a ScriptedBackend has no tokens")
+                elif isinstance(part, protocol.Tools):
+                    target.append(f"<tools>{part.definitions}</tools>\n")
                 else:
                     rendered.append(_render(target, part))
             self._check_length(target)

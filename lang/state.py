@@ -165,7 +165,9 @@ class State(AsyncReads):
         """
         from bough.toolbox import Toolbox
 
-        box = Toolbox(functions, format or "text")
+        if format is None:
+            format = "template" if self._interpreter.backend.server_info().get("has_tools") else "text"
+        box = Toolbox(functions, format)
         box.introduce(self, system)
         self._toolbox = box
         return box

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,15 @@ class Toolbox:
         return [tool.definition() for tool in self.tools.values()]
 
     def introduce(self, state: State, also: str) -> None:
-        """Append a system message that tells of the tools, after what else it shall say."""
+        """Append a system message that tells of the tools, after what else it shall say.
+
+        With the format "template" the chat template tells of them: in the system message or without one.
+        """
+        if self.format == "template":
+            state._interpreter.tell_tools(json.dumps(self.definitions(), ensure_ascii=False))
+            if also:
+                state += system(also)
+            return
         state += system("\n".join(filter(None, (also, self.described()))))
 
     # ------------------------------------------------------------------------------------------ one turn

@@ -189,6 +189,7 @@ def _build(
             page_size=runner.page_size,
             total_pages=runner.num_pages,
             has_chat_template=prompter.has_chat_template,
+            has_tools=prompter.has_tools,
             credit=config.credit,
             heartbeat_s=config.heartbeat_s,
             lease_s=config.lease_s,

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The messages begun so far and whether the last one is still open."""
+    """The messages begun so far, whether the last one is still open, and the definitions of the tools told of.
+
+    is_joined: what comes before the next message was written with the end of the last.
+    """
 
     names: tuple[str, ...] = ()
     is_open: bool = False
+    tools: str = ""
+    is_joined: bool = False
 
 
 Healed: TypeAlias = "tuple[int, list[int], Healed | None]"

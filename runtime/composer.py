@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence as Items
+from itertools import zip_longest
 
 from bough.runtime.branch import Branch, Roles
 from bough.runtime.operation import Operation
@@ -24,6 +25,7 @@ from bough.runtime.protocol import (
     Select,
     Text,
     Tokens,
+    Tools,
     decode_tokens,
 )
 from bough.runtime.sequence import Sequence
@@ -54,20 +56,23 @@ class Composer:
         if len(request.parts) > MAX_PARTS:
             raise RequestError("invalid_request", f"parts must be at most {MAX_PARTS}, got {len(request.parts)}")
         rendered: list[str] = []
-        for part in request.parts:
-            text = self._append(branch, part, buffers)
-            if text is not None:
+        for part, following in zip_longest(request.parts, request.parts[1:]):
+            if isinstance(part, RoleBegin | RoleEnd):
+                text, roles = self._role(branch.roles, part, following)
+                branch.tail.append(text, special=True)
+                branch.log.extend(branch.tail.take_stable())
+                branch.set_roles(roles)
                 rendered.append(text)
+            else:
+                self._append(branch, part, buffers)
         branch.log.extend(branch.tail.flush() if request.commit else branch.tail.take_stable())
         self._check_length(branch)
         return rendered
 
-    def _append(self, branch: Branch, part: Part, buffers: Items[Buffer]) -> str | None:
-        """Append one part; for a role, return the text that the chat template writes."""
+    def _append(self, branch: Branch, part: Text | Tokens | Tools, buffers: Items[Buffer]) -> None:
         match part:
             case Text(text):
                 self._prompter.append_text(branch.log, branch.tail, text)
-                return None
             case Tokens(buffer, replaces):
                 token_ids = decode_tokens(buffers, buffer)
                 self._check_vocabulary(token_ids)
@@ -75,23 +80,30 @@ class Composer:
                 self._take_back(branch, replaces, token_ids)
                 branch.log.extend(token_ids)
                 branch.tail.follow_tokens()
-                return None
-            case RoleBegin(role):
-                if branch.roles.is_open:
-                    raise RequestError(
-                        "invalid_request", f"role {role!r} cannot begin inside role {branch.roles.names[-1]!r}"
-                    )
-                text = self._prompter.begin(branch.roles.names, role)
-                roles = Roles((*branch.roles.names, role), is_open=True)
-            case RoleEnd():
-                if not branch.roles.is_open:
-                    raise RequestError("invalid_request", "a role cannot end, none is open")
-                text = self._prompter.end(branch.roles.names)
-                roles = Roles(branch.roles.names)
-        branch.tail.append(text, special=True)
-        branch.log.extend(branch.tail.take_stable())
-        branch.set_roles(roles)
-        return text
+            case Tools(definitions):
+                if branch.roles.names:
+                    raise RequestError("invalid_request", "tools are told of before the first message", field="tools")
+                self._prompter.check_tools(definitions)
+                branch.set_roles(Roles(tools=definitions))
+
+    def _role(self, roles: Roles, part: RoleBegin | RoleEnd, following: Part | None) -> tuple[str, Roles]:
+        """Return what the chat template writes where a message begins or ends, and the roles from there on.
+
+        A message that follows at once is known: what the template writes between the two then belongs to the end.
+        """
+        names = roles.names
+        if isinstance(part, RoleBegin):
+            if roles.is_open:
+                raise RequestError("invalid_request", f"role {part.role!r} cannot begin inside role {names[-1]!r}")
+            begun = "" if roles.is_joined else self._prompter.begin(names, part.role, roles.tools)
+            return begun, Roles((*names, part.role), is_open=True, tools=roles.tools)
+        if not roles.is_open:
+            raise RequestError("invalid_request", "a role cannot end, none is open")
+        if not isinstance(following, RoleBegin):
+            return self._prompter.end(names, roles.tools), Roles(names, tools=roles.tools)
+        end, begin = self._prompter.between(names, following.role, roles.tools)
+        is_joined = not begin
+        return end, Roles(names, tools=roles.tools, is_joined=is_joined)
 
     def _take_back(self, branch: Branch, count: int, token_ids: Items[int]) -> None:
         """Take the last `count` tokens off the branch, whose text the tokens that come instead have to begin with."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Final
 
 from bough.runtime.protocol import RequestError
 from bough.runtime.text.chat import ChatTemplate
 from bough.runtime.text.tail import TextTail
 from bough.runtime.text.tokenizer import Tokenizer
 from bough.runtime.token_log import TokenLog
+
+MAX_TOOL_SETS: Final = 64
+"""Sets of tools whose renderings are remembered."""
 
 
 class Prompter:
@@ -18,6 +23,12 @@ class Prompter:
         self.tokenizer = tokenizer
         self._chat_template = chat_template
         self._model = model
+        self._with_tools: OrderedDict[str, ChatTemplate] = OrderedDict()
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template tells of tools."""
+        return self._chat_template is not None and self._chat_template.has_tools
 
     @property
     def has_chat_template(self) -> bool:
@@ -35,21 +46,36 @@ class Prompter:
             log.extend([self.tokenizer.bos_id])
         tail.append(text)
 
-    def begin(self, roles: tuple[str, ...], role: str) -> str:
+    def begin(self, roles: tuple[str, ...], role: str, tools: str = "") -> str:
         """Return what the template writes before the content of a message of `role` that follows `roles`."""
-        return self._template().begin(roles, role)
+        return self._template(tools).begin(roles, role)
 
-    def end(self, roles: tuple[str, ...]) -> str:
+    def end(self, roles: tuple[str, ...], tools: str = "") -> str:
         """Return what the template writes after the content of the last message of `roles`."""
-        return self._template().end(roles)
+        return self._template(tools).end(roles)
 
-    def _template(self) -> ChatTemplate:
+    def between(self, roles: tuple[str, ...], role: str, tools: str = "") -> tuple[str, str]:
+        """Return what the template writes between the last message of `roles` and one of `role`: its end, the begin."""
+        return self._template(tools).between(roles, role)
+
+    def check_tools(self, tools: str) -> None:
+        """Raise RequestError if the model's template cannot tell of these tools."""
+        self._template(tools)
+
+    def _template(self, tools: str) -> ChatTemplate:
         if self._chat_template is None:
             raise RequestError(
                 "invalid_request",
                 f"model {self._model} has no chat template, so roles cannot be rendered: use plain text",
             )
-        return self._chat_template
+        if not tools:
+            return self._chat_template
+        template = self._with_tools.get(tools)
+        if template is None:
+            template = self._with_tools[tools] = self._chat_template.with_tools(tools)
+            if len(self._with_tools) > MAX_TOOL_SETS:
+                self._with_tools.popitem(last=False)
+        return template
 
     def continuations(self, tail: TextTail, choices: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return the ids of the waiting text followed by each choice, and how many leading ids are not the choice's.

@@ -56,6 +56,7 @@ MAX_STOPS: Final = 64
 MAX_LOGIT_BIAS: Final = 4096
 MAX_TOP_LOGPROBS: Final = 64
 MAX_GRAMMAR_CHARS: Final = 262_144
+MAX_TOOLS_CHARS: Final = 1 << 20
 MAX_ID: Final = (1 << 63) - 1
 MAX_TOKEN_ID: Final = (1 << 31) - 1
 
@@ -245,6 +246,14 @@ class RoleEnd(_Message, frozen=True, tag="role_end"):
     """Close the open message."""
 
 
+class Tools(_Message, frozen=True, tag="tools"):
+    """The tools that the model's chat template tells of, before any message: a JSON array of definitions, as OpenAI's
+    protocol has them. Writes nothing by itself.
+    """
+
+    definitions: str
+
+
 class Tokens(_Message, frozen=True, tag="tokens"):
     """Token ids to append: the index of a raw int32 buffer of the same ZeroMQ message.
 
@@ -255,7 +264,7 @@ class Tokens(_Message, frozen=True, tag="tokens"):
     replaces: int = 0
 
 
-Part: TypeAlias = Text | RoleBegin | RoleEnd | Tokens
+Part: TypeAlias = Text | RoleBegin | RoleEnd | Tools | Tokens
 
 
 class Hello(_Message, frozen=True, tag="hello"):
@@ -435,6 +444,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     credit: int
     heartbeat_s: float
     lease_s: float
+    has_tools: bool = False
+    """Whether the chat template tells of tools."""
     seed: int | None = None
 
 

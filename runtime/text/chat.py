@@ -14,6 +14,7 @@ shows.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import re
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from bough.runtime.protocol import RequestError
+from bough.runtime.protocol import MAX_TOOLS_CHARS, RequestError
 from bough.runtime.text.folder import Json, named_tokens, read_json, refuse
 
 MAX_REMEMBERED: Final = 1024
@@ -59,11 +61,34 @@ class ChatTemplate:
     ) -> None:
         moment = now or datetime.datetime.now()
         self._variables = dict(special_tokens or {})
+        self._tools: list[dict[str, Any]] | None = None
         self._written: OrderedDict[tuple[str, ...], _Written] = OrderedDict()
         try:
-            self._template = _environment(moment).from_string(template)
+            environment = _environment(moment)
+            self._template = environment.from_string(template)
+            self.has_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(template))
         except (jinja2.TemplateError, RecursionError) as error:
             raise RequestError("unsupported_model", f"chat template is not valid: {error}", field="model") from None
+
+    def with_tools(self, definitions: str) -> ChatTemplate:
+        """Return the template with the tools it tells of: a JSON array of definitions, as OpenAI's protocol has them.
+
+        Raises RequestError("invalid_request") if that is something else, or if the template tells of no tools.
+        """
+        if not self.has_tools:
+            raise RequestError("invalid_request", "this model's chat template does not tell of tools", field="tools")
+        if len(definitions) > MAX_TOOLS_CHARS:
+            raise _invalid("tools", f"at most {MAX_TOOLS_CHARS} characters", len(definitions))
+        try:
+            tools = json.loads(definitions)
+        except (ValueError, RecursionError):
+            tools = None
+        if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+            raise _invalid("tools", "a JSON array of objects", definitions[:80])
+        other = copy.copy(self)
+        other._tools = tools
+        other._written = OrderedDict()
+        return other
 
     def begin(self, roles_before: tuple[str, ...], role: str) -> str:
         """Return the text between what was written for `roles_before` and the content of a new message of `role`.
@@ -72,8 +97,25 @@ class ChatTemplate:
         message, less trailing spaces (models that are trained on "[/INST] Hello" make the space themselves).
         Raises RequestError("invalid_request") with the template's own words, or if it cannot be rendered in pieces.
         """
-        roles = (*roles_before, role)
-        return self._write(roles).edges[-1][len(self._write(roles_before).tail) :]
+        edge, tail = self._seam(roles_before, role)
+        if not edge.startswith(tail):
+            raise _not_in_pieces(
+                (*roles_before, role), f"message {len(roles_before)} ({roles_before[-1]}) is followed by {edge!r} here"
+            )
+        return edge[len(tail) :]
+
+    def between(self, roles_before: tuple[str, ...], role: str) -> tuple[str, str]:
+        """Return the text after the last content of `roles_before`, and before that of a following message of `role`.
+
+        Templates that write neighbouring messages as one (tool results, in Qwen's) end a message otherwise when they
+        know the next: all of that is in the first text, and the second is empty. Raises like `begin`.
+        """
+        edge, tail = self._seam(roles_before, role)
+        return (tail, edge[len(tail) :]) if edge.startswith(tail) else (edge, "")
+
+    def _seam(self, roles_before: tuple[str, ...], role: str) -> tuple[str, str]:
+        """Return all the text before a new message of `role`, and the part of it that is there without it."""
+        return self._write((*roles_before, role)).edges[-1], self._write(roles_before).tail
 
     def end(self, roles: tuple[str, ...]) -> str:
         """Return the text after the content of the last of these messages. Raises like `begin`."""
@@ -86,7 +128,7 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=self._tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
@@ -125,8 +167,6 @@ class ChatTemplate:
         for index, (now, then) in enumerate(zip(edges, before.edges, strict=False)):
             if now != then and roles[index] != "assistant":
                 raise _not_in_pieces(roles, f"message {index + 1} ({roles[index]}) is introduced by {now!r} here")
-        if not edges[-1].startswith(before.tail):
-            raise _not_in_pieces(roles, f"message {len(roles) - 1} ({roles[-2]}) is followed by {edges[-1]!r} here")
         edge = edges[-1]
         if roles[-1] == "assistant":
             edge = self._generation_prompt(roles[:-1], before) or _without_spaces(edge, len(before.tail))

@@ -112,6 +112,79 @@ def test_the_end_of_a_message_that_depends_on_the_next_is_refused() -> None:
         chat.begin(("tool",), "tool")
 
 
+def test_it_is_written_where_the_next_message_is_known() -> None:
+    chat = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}{% if loop.last or messages[loop.index0 + 1].role != m.role %}END"
+        "{% else %}, {% endif %}{% endfor %}"
+    )
+    assert chat.between(("tool",), "tool") == (", ", "")
+    assert chat.between(("tool", "tool"), "user") == ("END", "")
+    assert chat.begin(("tool", "tool"), "user") == ""
+
+
+# In the manner of Qwen 2.5 and of Llama 3.1: where definitions stand, and how results are grouped.
+TOOLS_CHAT = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}{%- endif %}
+    {{- 'Tools:' }}{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- elif not (loop.first and m.role == 'system') %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds <b>", "parameters": {"type": "object"}}}]
+
+
+def _join_known(chat: ChatTemplate, roles: tuple[str, ...], contents: list[str]) -> str:
+    """Join as a client does that sends all messages at once."""
+    text = chat.begin((), roles[0])
+    for index, content in enumerate(contents):
+        before = roles[: index + 1]
+        text += content + (
+            "".join(chat.between(before, roles[index + 1])) if len(roles) > index + 1 else chat.end(before)
+        )
+    return text
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("opening", [(), ("system",)])
+@given(data=st.data())
+@settings(max_examples=20)
+def test_tools_are_told_of_as_transformers_does(
+    reference: Any, tools: Any, opening: tuple[str, ...], data: st.DataObject
+) -> None:
+    turns = data.draw(st.lists(st.sampled_from(["user", "assistant", "tool"]), min_size=1, max_size=5).map(tuple))
+    roles = (*opening, *turns)
+    contents = [data.draw(CONTENT) for _ in roles]
+    chat = ChatTemplate(TOOLS_CHAT, SPECIALS)
+    if tools is not None:
+        chat = chat.with_tools(json.dumps(tools))
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    whole = reference.apply_chat_template(messages, tools=tools, chat_template=TOOLS_CHAT, tokenize=False)
+    assert _join_known(chat, roles, contents) == whole
+
+
+def test_tools_that_a_template_cannot_tell_of_are_refused() -> None:
+    assert ChatTemplate(TOOLS_CHAT).has_tools
+    assert not ChatTemplate(tiny_tokenizers.CHATML).has_tools
+    with pytest.raises(RequestError, match="does not tell of tools"):
+        ChatTemplate(tiny_tokenizers.CHATML).with_tools("[]")
+    for bad in ("", "[]", "{}", "[1]", "["):
+        with pytest.raises(RequestError, match="tools must be a JSON array of objects"):
+            ChatTemplate(TOOLS_CHAT).with_tools(bad)
+    with pytest.raises(RequestError, match="tools must be at most 1048576 characters"):
+        ChatTemplate(TOOLS_CHAT).with_tools("[" + " " * (1 << 20) + "]")
+
+
 def test_a_message_whose_introduction_changes_later_is_refused() -> None:
     chat = ChatTemplate("{% for m in messages %}{{ messages | length }}:{{ m.content }};{% endfor %}")
     assert chat.begin((), "user") == "1:"
