@@ -38,6 +38,7 @@ from bough.runtime.policies import OVERDUE
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.scheduler import Outcome, Scheduler, Step
 from bough.runtime.sequence import Sequence
+from bough.runtime.trie import TokenTrie
 
 PAPER_POOL: Final = 15_360
 
@@ -222,7 +223,8 @@ class Simulation:
     def _submit(self) -> None:
         for key, request in self._client.take(self.clock.now):
             if request.output is None:
-                sequence = Sequence(request.prompt, score_start=request.score_start)
+                start = request.score_start
+                sequence = Sequence(request.prompt[:start], trie=TokenTrie([request.prompt[start:].tolist()]))
             else:
                 sequence = Sequence(request.prompt, params=SamplingParams(max_tokens=len(request.output)))
             self._live[sequence] = key, request

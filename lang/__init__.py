@@ -37,8 +37,11 @@ from bough.backend import Backend, Generation, chosen, set_default_backend
 from bough.choices import (
     ChoicesDecision,
     ChoicesSamplingMethod,
+    byte_length_normalized,
     greedy_token_selection,
+    pmi,
     token_length_normalized,
+    total_likelihood,
     unconditional_likelihood_normalized,
 )
 from bough.errors import (
@@ -191,6 +194,7 @@ __all__ = [
     "assistant",
     "assistant_begin",
     "assistant_end",
+    "byte_length_normalized",
     "capture",
     "errors",
     "flush_cache",
@@ -209,6 +213,7 @@ __all__ = [
     "of_type",
     "one_of",
     "optional",
+    "pmi",
     "role",
     "role_begin",
     "role_end",
@@ -225,6 +230,7 @@ __all__ = [
     "think",
     "token_length_normalized",
     "tool",
+    "total_likelihood",
     "unconditional_likelihood_normalized",
     "until",
     "user",

@@ -106,8 +106,9 @@ class Backend(Protocol):
         *,
         name: str | None = None,
         timeout_s: float | None = None,
+        temperature: float = 0.0,
     ) -> Future[Selected]:
-        """Score the choices as continuations and append the best."""
+        """Score the choices as continuations and append the best; at a temperature, one drawn from the distribution."""
 
     def score(
         self,

@@ -63,7 +63,7 @@ class ChoicesSamplingMethod(ABC):
 
 
 class NamedMethod(str, ChoicesSamplingMethod):
-    """One of the three methods that backends carry out themselves; equal to its name as a text.
+    """One of the methods that backends carry out themselves; equal to its name as a text.
 
     Called, it decides from given log-probabilities as the backend would.
     """
@@ -73,7 +73,7 @@ class NamedMethod(str, ChoicesSamplingMethod):
     @property
     def requires_unconditional_logprobs(self) -> bool:
         """Whether the choices' log-probabilities without the prompt are needed."""
-        return self == "unconditional_likelihood_normalized"
+        return self in ("unconditional_likelihood_normalized", "pmi")
 
     def __call__(
         self,
@@ -88,7 +88,7 @@ class NamedMethod(str, ChoicesSamplingMethod):
         given = [[logprob for logprob, _, _ in row] for row in input_token_logprobs]
         alone = unconditional_token_logprobs
         without = None if alone is None else [[logprob for logprob, _, _ in row] for row in alone]
-        scores = score_choices(literal(self), given, without)
+        scores = score_choices(literal(self), given, without, [len(choice.encode()) for choice in choices])
         return ChoicesDecision(choices[best(scores)], {"scores": scores})
 
 
@@ -98,6 +98,12 @@ greedy_token_selection: Final = NamedMethod("greedy_token_selection")
 """The choice that greedy decoding, restricted to the choices, would take; token by token."""
 unconditional_likelihood_normalized: Final = NamedMethod("unconditional_likelihood_normalized")
 """The choice that the prompt makes likelier most, against its likelihood without any prompt (per token)."""
+byte_length_normalized: Final = NamedMethod("byte_length_normalized")
+"""The choice with the highest log-likelihood per byte of its text."""
+pmi: Final = NamedMethod("pmi")
+"""The choice that the prompt makes likelier most, as a whole, against a neutral prompt (the BOS token alone)."""
+total_likelihood: Final = NamedMethod("sum")
+"""The choice with the highest log-likelihood as a whole."""
 
 
 def literal(method: str) -> ChoiceMethod:
@@ -114,17 +120,27 @@ def literal(method: str) -> ChoiceMethod:
 Logprobs: TypeAlias = Sequence[Sequence[float]]
 
 
-def score_choices(method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None) -> list[float]:
-    """Return one score per choice. logprobs[i][j]: token j of choice i; unconditional: the same without the prompt."""
+def score_choices(
+    method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None, num_bytes: Sequence[int] = ()
+) -> list[float]:
+    """Return one score per choice. logprobs[i][j]: token j of choice i; unconditional: the same without the prompt.
+
+    num_bytes[i]: the length of choice i in UTF-8.
+    """
     if method == "token_length_normalized":
         return [mean(row) for row in logprobs]
     if method == "greedy_token_selection":
         return _greedy(logprobs)
+    if method == "sum":
+        return [math.fsum(row) for row in logprobs]
+    if method == "byte_length_normalized":
+        return [math.fsum(row) / count for row, count in zip(logprobs, num_bytes, strict=True)]
     assert unconditional is not None, "this method needs unconditional log-probabilities"
-    return [
-        mean([given - alone for given, alone in zip(row, base, strict=True)])
+    gains = [
+        [given - alone for given, alone in zip(row, base, strict=True)]
         for row, base in zip(logprobs, unconditional, strict=True)
     ]
+    return [math.fsum(row) if method == "pmi" else mean(row) for row in gains]
 
 
 def best(scores: Sequence[float]) -> int:
@@ -132,9 +148,9 @@ def best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda index: (scores[index], -index))
 
 
-def distribution(logprobs: Logprobs) -> list[float]:
-    """Return the probability of each choice among the choices: softmax over summed log-probabilities."""
-    sums = [math.fsum(row) for row in logprobs]
+def distribution(logprobs: Logprobs, temperature: float = 1.0) -> list[float]:
+    """Return the probability of each choice among the choices: softmax over summed log-probabilities / temperature."""
+    sums = [math.fsum(row) / temperature for row in logprobs]
     top = max(sums)
     weights = [math.exp(value - top) for value in sums]
     total = math.fsum(weights)

@@ -149,9 +149,10 @@ class RuntimeClient:
         *,
         name: str | None = None,
         timeout_s: float | None = None,
+        temperature: float = 0.0,
     ) -> Future[Selected]:
         """Score the choices and append the best."""
-        request = protocol.Select(next(self._link.ops), branch, list(choices), method, timeout_s)
+        request = protocol.Select(next(self._link.ops), branch, list(choices), method, timeout_s, temperature)
         return self._ask(request, protocol.Selected, _selected(len(choices)))
 
     def score(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from bough.choices import ChoicesSamplingMethod, literal, token_length_normalized
 from bough.errors import InvalidRequest
-from bough.runtime.protocol import CHOICE_METHODS, MAX_CHOICES, ChoiceMethod
+from bough.runtime.protocol import CHOICE_METHODS, MAX_CHOICES, MAX_TEMPERATURE, ChoiceMethod
 from bough.sampling import count, refuse_unsupported, sampling_overrides, seconds
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Select(Expression):
     choices: tuple[str, ...]
     method: ChoicesMethod
     timeout_s: float | None
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,16 +258,26 @@ def select(
 ) -> Select:
     """Let the model choose one of some texts, and call the choice `name`.
 
-    choices_method: `token_length_normalized`, `greedy_token_selection`, `unconditional_likelihood_normalized`, or a
-    `ChoicesSamplingMethod` of your own.
+    choices_method: `token_length_normalized`, `greedy_token_selection`, `unconditional_likelihood_normalized`,
+    `total_likelihood` ("sum"), `byte_length_normalized`, `pmi`, or a `ChoicesSamplingMethod` of your own. The best
+    choice is taken, the first on ties. With a temperature above 0 no method decides: the choice is drawn from the
+    model's own distribution over the choices, at that temperature.
 
-    Raises InvalidRequest for empty, duplicate or non-text choices, and for a temperature other than 0.
+    Raises InvalidRequest for empty, duplicate or non-text choices, for a temperature outside 0 to 100, and for a
+    temperature together with a method other than the default or "sum".
     """
-    if not isinstance(temperature, (int, float)) or temperature != 0:
+    method = _method(choices_method)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise InvalidRequest(f"temperature must be a number, got {temperature!r}", field="temperature")
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        limits = f"temperature must be between 0 and {MAX_TEMPERATURE:g}, got {temperature!r}"
+        raise InvalidRequest(limits, field="temperature")
+    if temperature and method not in ("token_length_normalized", "sum"):
         raise InvalidRequest(
-            f"select takes the best choice, temperature must be 0, got {temperature!r}", field="temperature"
+            f"choices_method has no effect at temperature {temperature}: the choice is drawn", field="choices_method"
         )
-    return Select(_variable(name), _checked_choices(choices), _method(choices_method), seconds("timeout", timeout))
+    found = _checked_choices(choices)
+    return Select(_variable(name), found, method, seconds("timeout", timeout), float(temperature))
 
 
 def _method(given: object) -> ChoicesMethod:

@@ -222,7 +222,12 @@ class Interpreter:
         if not isinstance(select.method, str):
             return self._decide(select, select.method, timeout_s)
         reply = self.backend.select(
-            self._branch(), select.choices, select.method, name=select.name, timeout_s=timeout_s
+            self._branch(),
+            select.choices,
+            select.method,
+            name=select.name,
+            timeout_s=timeout_s,
+            temperature=select.temperature,
         )
         return self._called(SelectCall(select.name, select.choices, reply))
 

@@ -191,9 +191,10 @@ class Runtime:
         *,
         name: str | None = None,
         timeout_s: float | None = None,
+        temperature: float = 0.0,
     ) -> Future[Selected]:
         """Score the choices and append the best."""
-        return self._client.select(branch, choices, method, name=name, timeout_s=timeout_s)
+        return self._client.select(branch, choices, method, name=name, timeout_s=timeout_s, temperature=temperature)
 
     def score(
         self,

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from bough.backend import Branch, Delta, Generation, OnDelta
 from bough.errors import BoughError, Cancelled, ContextOverflow, InvalidRequest, of
+from bough.choices import score_choices
 from bough.runtime import protocol
 from bough.runtime.protocol import (
     ChoiceMethod,
@@ -233,6 +234,7 @@ class ScriptedBackend:
         *,
         name: str | None = None,
         timeout_s: float | None = None,
+        temperature: float = 0.0,
     ) -> Future[Selected]:
         """Append the choice of the script."""
 
@@ -337,8 +339,9 @@ class ScriptedBackend:
         index = self._script.choice(name, target.whole, choices)
         sure = [1.0 if i == index else 0.0 for i in range(len(choices))]
         tokens = [[TokenLogprob(score - 1.0, 0, text)] for score, text in zip(sure, choices, strict=True)]
-        scores = [score - 1.0 for score in sure]
-        alone = [[0.0] for _ in choices] if method == "unconditional_likelihood_normalized" else None
+        alone = [[0.0] for _ in choices] if method in ("unconditional_likelihood_normalized", "pmi") else None
+        given = [[score - 1.0] for score in sure]
+        scores = score_choices(method, given, alone, [len(choice.encode()) for choice in choices])
         return Selected(0, index, scores, sure, tokens, target.length, self._used(target, 0), alone)
 
     def _used(self, target: _Branch, generated: int) -> Usage:

@@ -44,6 +44,25 @@ class SampleRequest(msgspec.Struct, frozen=True):
     forbidden: tuple[int, ...]
 
 
+class TrieShare(msgspec.Struct, frozen=True):
+    """The part of a row whose tokens are nodes of a trie below its first `context_len` tokens (see `TokenTrie`).
+
+    It is the row's last num_nodes tokens. depths: (num_nodes,) int32; a node stands at position context_len + depth.
+    slots: (num_nodes,) int32, where its KV goes (page * page_size + offset, pages counted in the row).
+    bounds: (num_segments + 1,) int32 from 0 to num_nodes: in a segment each node is the parent of the next.
+    is_decode: (num_segments,) bool, which are attended as a decode; these have one node.
+    path_indptr: (num_segments + 1,) into path_slots: the slots of the positions from context_len to the segment's end.
+    """
+
+    context_len: int
+    depths: IntArray
+    slots: IntArray
+    bounds: IntArray
+    is_decode: npt.NDArray[np.bool_]
+    path_indptr: IntArray
+    path_slots: IntArray
+
+
 class Row(msgspec.Struct, frozen=True):
     """One sequence's share of a step.
 
@@ -51,7 +70,8 @@ class Row(msgspec.Struct, frozen=True):
     pages: (ceil((start + num_new) / page_size),) int32, page i holds positions [i * page_size, (i + 1) * page_size).
     sample: draw the token after the last new one, or None in the middle of a prefill.
     score_ids: (k,) int32 or None; the log-probability of score_ids[j] is read from the logits that follow
-    token_ids[score_from + j].
+    token_ids[score_at[j]]. score_at: (k,) int32, ascending.
+    trie: None, or what stands elsewhere than start says; pages then holds all pages of the row.
     """
 
     token_ids: IntArray
@@ -59,7 +79,8 @@ class Row(msgspec.Struct, frozen=True):
     pages: IntArray
     sample: SampleRequest | None = None
     score_ids: IntArray | None = None
-    score_from: int = 0
+    score_at: IntArray | None = None
+    trie: TrieShare | None = None
 
 
 class Batch(msgspec.Struct, frozen=True):

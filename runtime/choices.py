@@ -1,7 +1,15 @@
-"""How a select decides: pure functions from log-probabilities to scores. The definitions are SGLang's, on exact inputs.
+"""How a select decides: pure functions from log-probabilities to scores.
+
+    token_length_normalized               the mean over the tokens (SGLang's, and the default)
+    greedy_token_selection                what greedy decoding among the choices takes, token by token (SGLang's)
+    unconditional_likelihood_normalized   the mean gain over the same tokens without any context (SGLang's)
+    sum                                   the log-likelihood of the whole choice
+    byte_length_normalized                the same per byte of the choice's text
+    pmi                                   the same less that after a neutral context, the BOS (or EOS) token alone:
+                                          pointwise mutual information, after Holtzman et al. 2021 (arXiv 2104.08315)
 
 logprobs[i][j] is the natural-log probability of token j of choice i given the prompt and the tokens before it;
-unconditional[i][j] the same without the prompt, 0.0 where there is nothing before the token.
+unconditional[i][j] the same without the prompt, 0.0 where there is nothing before the token (pmi: the neutral one is).
 """
 
 from __future__ import annotations
@@ -14,19 +22,25 @@ from bough.runtime.protocol import ChoiceMethod
 Logprobs = Sequence[Sequence[float]]
 
 
-def score_choices(method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None) -> list[float]:
-    """Return one score per choice; the first of the highest is selected."""
+def score_choices(
+    method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None, num_bytes: Sequence[int] = ()
+) -> list[float]:
+    """Return one score per choice; the first of the highest is selected. num_bytes: of each choice's text."""
     match method:
         case "token_length_normalized":
             return [_mean(row) for row in logprobs]
         case "greedy_token_selection":
             return _greedy(logprobs)
-        case "unconditional_likelihood_normalized":
-            assert unconditional is not None, "this method needs unconditional log-probabilities"
-            return [
-                _mean([given - alone for given, alone in zip(row, base, strict=True)])
-                for row, base in zip(logprobs, unconditional, strict=True)
-            ]
+        case "sum":
+            return [math.fsum(row) for row in logprobs]
+        case "byte_length_normalized":
+            return [math.fsum(row) / count for row, count in zip(logprobs, num_bytes, strict=True)]
+    assert unconditional is not None, "this method needs unconditional log-probabilities"
+    gains = [
+        [given - alone for given, alone in zip(row, base, strict=True)]
+        for row, base in zip(logprobs, unconditional, strict=True)
+    ]
+    return [math.fsum(row) if method == "pmi" else _mean(row) for row in gains]
 
 
 def best(scores: Sequence[float]) -> int:
@@ -34,13 +48,26 @@ def best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda i: (scores[i], -i))
 
 
-def distribution(logprobs: Logprobs) -> list[float]:
-    """Return the probability of each choice among the choices: softmax over summed log-probabilities."""
-    sums = [math.fsum(row) for row in logprobs]
+def distribution(logprobs: Logprobs, temperature: float = 1.0) -> list[float]:
+    """Return the probability of each choice among the choices: softmax over summed log-probabilities / temperature."""
+    sums = [math.fsum(row) / temperature for row in logprobs]
     top = max(sums)
     weights = [math.exp(value - top) for value in sums]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
+
+
+def draw(shares: Sequence[float], point: float) -> int:
+    """Return the first index whose cumulative share is above `point`, in [0, 1); never one without a share."""
+    total, last = 0.0, 0
+    target = point * math.fsum(shares)
+    for index, share in enumerate(shares):
+        total += share
+        if share > 0:
+            last = index
+            if total > target:
+                break
+    return last
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,9 @@ from bough.runtime.protocol import (
     MAX_CHOICES,
     MAX_ID,
     MAX_PARTS,
+    MAX_TEMPERATURE,
     Buffer,
+    ChoiceMethod,
     Extend,
     Generate,
     Part,
@@ -28,9 +30,11 @@ from bough.runtime.protocol import (
     Tools,
     decode_tokens,
 )
+from bough.runtime.selection import Selection, ids_of
 from bough.runtime.sequence import Sequence
 from bough.runtime.text.tail import TextTail
-from bough.runtime.work import Generation, Selection
+from bough.runtime.vector import IntArray
+from bough.runtime.work import Generation
 
 
 class Composer:
@@ -195,5 +199,26 @@ class Composer:
         if not len(context) + skip:
             raise RequestError("invalid_request", "select needs at least one token of text before it")
         self._check_length(branch, more=max(map(len, choice_ids)))
-        namespace = operation.session.namespace
-        return Selection(operation, request.method, context, choice_ids, skip, namespace, self._prompter.tokenizer)
+        seed = 0
+        if isinstance(request, Select) and request.temperature != 0:
+            if not 0 <= request.temperature <= MAX_TEMPERATURE:
+                limit = f"temperature must be between 0 and {MAX_TEMPERATURE:g}, got {request.temperature}"
+                raise RequestError("invalid_request", limit, field="temperature")
+            branch.num_draws += 1
+            seed = self._derive_seed(branch)
+        return Selection(
+            operation,
+            request,
+            ids_of(context, choice_ids[0][:skip]),
+            choice_ids,
+            skip,
+            self._prompter.tokenizer,
+            base=self._base(request.method),
+            seed=seed,
+        )
+
+    def _base(self, method: ChoiceMethod) -> IntArray | None:
+        """Return what stands in the context's place for unconditional log-probabilities, None if none are needed."""
+        if method == "unconditional_likelihood_normalized":
+            return ids_of(())
+        return ids_of([self._prompter.neutral_id()]) if method == "pmi" else None

@@ -46,8 +46,9 @@ from bough.runtime.protocol import (
     Stats,
 )
 from bough.runtime.scheduler import Scheduler
+from bough.runtime.selection import Selection
 from bough.runtime.session import Session
-from bough.runtime.work import Generation, Selection, Work
+from bough.runtime.work import Generation, Work
 
 log = logging.getLogger(__name__)
 

@@ -125,8 +125,8 @@ class InFlight:
         pool = self._scheduler.cache.num_pages * self._scheduler.cache.page_size
         return RequestError(
             "resource_exhausted",
-            f"{len(sequence.tokens)} tokens fill the KV pool of {pool} tokens: raise max_total_tokens",
-            num_tokens=len(sequence.tokens),
+            f"{sequence.num_slots} tokens fill the KV pool of {pool} tokens: raise max_total_tokens",
+            num_tokens=sequence.num_slots,
             pool_tokens=pool,
         )
 

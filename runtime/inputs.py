@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bough.kernels.attention import Plan
@@ -19,8 +20,9 @@ class StepInputs:
 
     token_ids, positions, slots: (num_tokens,) int64; slot = page * page_size + offset in the pool. end_position:
     above every position. attention: the plan all layers share. wanted: (num_wanted,) int64, the tokens whose final
-    hidden states are needed: first one for each row that samples, then those of each row that scores.
+    hidden states are needed: first one for each row that samples, then those of each row that scores, each once.
     sample_rows: the rows that sample; score_rows: the rows that score; both in the order of `wanted`.
+    score_hidden: (num_scores,) int64 ascending, which of the hidden states that are for scores each score is read from.
     """
 
     token_ids: torch.Tensor
@@ -31,6 +33,7 @@ class StepInputs:
     wanted: torch.Tensor
     sample_rows: tuple[int, ...]
     score_rows: tuple[int, ...]
+    score_hidden: npt.NDArray[np.int64]
 
 
 def build_inputs(
@@ -54,20 +57,89 @@ def build_inputs(
         page_size=page_size,
     )
     owner = np.repeat(np.arange(len(rows)), num_new)
-    offsets = np.arange(len(owner)) - layout.qo_indptr[owner]
-    positions = starts[owner] + offsets
-    page = layout.kv_indices[layout.kv_indptr[owner] + positions // page_size].astype(np.int64)
+    slots = starts[owner] + np.arange(len(owner)) - layout.qo_indptr[owner]  # counted in the row's pages
+    positions = slots.copy()
+    tries = [(i, row.trie) for i, row in enumerate(rows) if row.trie is not None]
+    for i, trie in tries:
+        nodes = slice(layout.qo_indptr[i + 1] - len(trie.slots), layout.qo_indptr[i + 1])
+        slots[nodes], positions[nodes] = trie.slots, trie.context_len + trie.depths
+    page = layout.kv_indices[layout.kv_indptr[owner] + slots // page_size].astype(np.int64)
     sample_rows = tuple(i for i, row in enumerate(rows) if row.sample is not None)
     score_rows = tuple(i for i, row in enumerate(rows) if row.score_ids is not None and len(row.score_ids))
+    wanted, score_hidden = _wanted(rows, layout.qo_indptr, sample_rows, score_rows)
+    if tries:
+        layout = slot_layout(rows, layout)
     return StepInputs(
         token_ids=torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64)),
         positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(page * page_size + positions % page_size),
-        end_position=int(layout.kv_lens.max()),
+        slots=torch.from_numpy(page * page_size + slots % page_size),
+        end_position=int(positions.max()) + 1,
         attention=plan(_token_by_token(layout) if token_by_token else layout),
-        wanted=torch.from_numpy(_wanted(rows, layout.qo_indptr, sample_rows, score_rows)),
+        wanted=torch.from_numpy(wanted),
         sample_rows=sample_rows,
         score_rows=score_rows,
+        score_hidden=score_hidden,
+    )
+
+
+def slot_layout(rows: tuple[Row, ...], layout: PagedLayout) -> PagedLayout:
+    """Return the layout by slots, in pages of one, in which each segment of a trie is a sequence of its own.
+
+    Pages cannot tell what a node attends to: its path lies scattered among the other nodes, and its first page may be
+    the prompt's last. A row without a trie stays one sequence.
+    """
+    parts = [_sequences(row, bool(is_decode)) for row, is_decode in zip(rows, layout.is_decode, strict=True)]
+    owner = np.repeat(np.arange(len(rows)), [len(part.num_new) for part in parts])
+    kv_lens = np.concatenate([part.kv_lens for part in parts])
+    own_lens = np.concatenate([part.own_lens for part in parts])
+    own_slots = np.concatenate([part.own_slots for part in parts])
+    kv_indptr = _indptr(kv_lens)
+    positions = np.arange(kv_indptr[-1], dtype=np.int32) - np.repeat(kv_indptr[:-1], kv_lens)
+    # Below what it shares with the others a sequence's positions are its slots; the last ones have slots of their own.
+    is_own = positions >= np.repeat(kv_lens - own_lens, kv_lens)
+    slots = positions
+    slots[is_own] = own_slots
+    page, offset = np.divmod(slots, np.int32(layout.page_size))
+    page += np.repeat(layout.kv_indptr[owner], kv_lens)
+    return PagedLayout(
+        qo_indptr=_indptr(np.concatenate([part.num_new for part in parts])),
+        kv_indptr=kv_indptr,
+        kv_indices=layout.kv_indices[page] * np.int32(layout.page_size) + offset,
+        kv_lens=kv_lens.astype(np.int32),
+        is_decode=np.concatenate([part.is_decode for part in parts]),
+        page_size=1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequences:
+    """A row as sequences: new tokens, KV, and how many of the last positions lie in own_slots (all after one another).
+
+    num_new, kv_lens, own_lens, is_decode: (num_sequences,). own_slots: (sum of own_lens,) int32, in the row's pages.
+    """
+
+    num_new: npt.NDArray[np.int64]
+    kv_lens: npt.NDArray[np.int64]
+    own_lens: npt.NDArray[np.int64]
+    own_slots: npt.NDArray[np.int32]
+    is_decode: npt.NDArray[np.bool_]
+
+
+def _sequences(row: Row, is_decode: bool) -> _Sequences:
+    num_nodes = 0 if row.trie is None else len(row.trie.slots)
+    num_linear = len(row.token_ids) - num_nodes
+    linear = np.array([num_linear] if num_linear else [], dtype=np.int64)
+    kind = np.full(len(linear), is_decode)
+    own = np.zeros(len(linear), dtype=np.int64)
+    if row.trie is None:
+        return _Sequences(linear, linear + row.start, own, np.zeros(0, dtype=np.int32), kind)
+    path_lens = np.diff(row.trie.path_indptr).astype(np.int64)
+    return _Sequences(
+        num_new=np.concatenate([linear, np.diff(row.trie.bounds)]),
+        kv_lens=np.concatenate([linear + row.start, row.trie.context_len + path_lens]),
+        own_lens=np.concatenate([own, path_lens]),
+        own_slots=row.trie.path_slots,
+        is_decode=np.concatenate([kind, row.trie.is_decode]),
     )
 
 
@@ -104,15 +176,17 @@ def _indptr(lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[t
 
 def _wanted(
     rows: tuple[Row, ...],
-    qo_indptr: np.ndarray[tuple[int], np.dtype[np.int32]],
+    qo_indptr: npt.NDArray[np.int32],
     sample_rows: tuple[int, ...],
     score_rows: tuple[int, ...],
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    parts = [np.array([qo_indptr[i + 1] - 1 for i in sample_rows], dtype=np.int64)]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the tokens whose hidden states are needed, and for each score which of those for scores it needs."""
+    sampled = np.array([qo_indptr[i + 1] - 1 for i in sample_rows], dtype=np.int64)
+    scored = [np.zeros(0, dtype=np.int64)]
     for i in score_rows:
-        row = rows[i]
-        assert row.score_ids is not None
-        first = int(qo_indptr[i]) + row.score_from
-        assert row.score_from + len(row.score_ids) <= len(row.token_ids), "scores are read from the row's own tokens"
-        parts.append(np.arange(first, first + len(row.score_ids), dtype=np.int64))
-    return np.concatenate(parts)
+        at = rows[i].score_at
+        assert at is not None, "a row that scores says where"
+        assert 0 <= at[0] <= at[-1] < len(rows[i].token_ids), "scores are read from the row's own tokens"
+        scored.append(int(qo_indptr[i]) + at.astype(np.int64))
+    unique, score_hidden = np.unique(np.concatenate(scored), return_inverse=True)
+    return np.concatenate([sampled, unique]), score_hidden

@@ -106,10 +106,15 @@ def plan_digest(batch: Batch) -> bytes:
     for copy in batch.copies:
         digest.update(f"copy {copy.source} {copy.target} {copy.num_slots};".encode())
     for row in batch.rows:
-        digest.update(f"row {row.start} {len(row.token_ids)} {len(row.pages)} {row.score_from};".encode())
+        digest.update(f"row {row.start} {len(row.token_ids)} {len(row.pages)};".encode())
         digest.update(np.ascontiguousarray(row.token_ids).tobytes())
         digest.update(np.ascontiguousarray(row.pages).tobytes())
-        digest.update(b"" if row.score_ids is None else np.ascontiguousarray(row.score_ids).tobytes())
+        for array in (
+            row.score_ids,
+            row.score_at,
+            *(() if row.trie is None else (row.trie.slots, row.trie.path_slots)),
+        ):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
         if row.sample is not None:
             digest.update(f"{row.sample.seed} {row.sample.position} {row.sample.forbidden}".encode())
     return digest.digest()

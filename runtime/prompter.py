@@ -38,6 +38,15 @@ class Prompter:
         """Return an empty tail; `at_start`: no token comes before it."""
         return TextTail(self.tokenizer, at_start=at_start)
 
+    def neutral_id(self) -> int:
+        """Return the token before a text of which nothing is known: the model's BOS, else its first EOS."""
+        bos = self.tokenizer.bos_id
+        if bos is None and not self.tokenizer.eos_ids:
+            raise RequestError(
+                "invalid_request", "method pmi needs a model with a BOS or EOS token", field="method", value="pmi"
+            )
+        return self.tokenizer.eos_ids[0] if bos is None else bos
+
     def append_text(self, log: TokenLog, tail: TextTail, text: str) -> None:
         """Append a program's text; at the very beginning the model's BOS goes before it, where it wants one."""
         if not text:

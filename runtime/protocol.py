@@ -52,6 +52,7 @@ MAX_FRAMES: Final = 1026  # prefix, header and 1,024 buffers
 MAX_FORK: Final = 4096
 MAX_PARTS: Final = 65_536
 MAX_CHOICES: Final = 65_536
+MAX_TEMPERATURE: Final = 100.0
 MAX_STOPS: Final = 64
 MAX_LOGIT_BIAS: Final = 4096
 MAX_TOP_LOGPROBS: Final = 64
@@ -80,7 +81,14 @@ FinishReason = Literal["stop", "length", "context"]
 
 GrammarKind = Literal["regex", "json_schema", "lark", "choices"]
 
-ChoiceMethod = Literal["token_length_normalized", "greedy_token_selection", "unconditional_likelihood_normalized"]
+ChoiceMethod = Literal[
+    "token_length_normalized",
+    "greedy_token_selection",
+    "unconditional_likelihood_normalized",
+    "sum",
+    "byte_length_normalized",
+    "pmi",
+]
 CHOICE_METHODS: Final[tuple[str, ...]] = get_args(ChoiceMethod)
 
 
@@ -144,7 +152,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _at_least("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
             raise _invalid("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
-        _between("temperature", self.temperature, 0.0, 100.0)
+        _between("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _between("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
             raise _invalid("top_p", "greater than 0 and at most 1", self.top_p)
@@ -310,14 +318,23 @@ class Generate(_Message, frozen=True, tag="generate"):
 
 
 class Select(_Message, frozen=True, tag="select"):
+    """Score the choices by `method` and append the best, the first on ties.
+
+    A choice is scored by the tokens that its text adds to the branch's text, without an end: one that begins another
+    is as likely as its own tokens. temperature > 0: the choice is drawn from the distribution instead.
+    """
+
     op: int
     branch: int
     choices: list[str]
     method: ChoiceMethod = "token_length_normalized"
     timeout_s: float | None = None
+    temperature: float = 0.0
 
 
 class Score(_Message, frozen=True, tag="score"):
+    """Score the choices as a select at temperature 0 does, and append nothing."""
+
     op: int
     branch: int
     choices: list[str]
@@ -501,9 +518,9 @@ class Generated(_Message, frozen=True, tag="generated"):
 class Selected(_Message, frozen=True, tag="selected"):
     """The end of a `select` or `score`.
 
-    `scores` are what the method compares, one per choice; `distribution` is their softmax over summed log-probabilities
-    (it sums to 1); `logprobs` the tokens of each choice, `unconditional` the same without the prompt where the method
-    needs it.
+    `scores` are what the method compares, one per choice; `distribution` is the model's own over the choices, the same
+    for every method: softmax over summed log-probabilities, divided by the temperature if there is one (it sums to 1);
+    `logprobs` the tokens of each choice, `unconditional` the same without the prompt where the method needs it.
     """
 
     op: int

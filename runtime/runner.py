@@ -100,7 +100,7 @@ class Runner:
         decode = SampleRequest(every_option, 0, count, generated=tokens[:1], prompt=tokens, forbidden=(1,))
         self.execute(Batch((Row(tokens, 0, page, prefill),)))
         self.execute(Batch((Row(tokens[:1], count - 1, page, decode),)))
-        self.execute(Batch((Row(tokens[:1], 0, page, None, score_ids=tokens[:1]),)))
+        self.execute(Batch((Row(tokens[:1], 0, page, None, score_ids=tokens[:1], score_at=tokens[:1]),)))
 
     def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, sampler.Draw]:
         requests = [request for row in batch.rows if (request := row.sample) is not None]
@@ -112,11 +112,12 @@ class Runner:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
         if not ids:
             return {}
-        joined = np.concatenate(ids)
-        parts = [
-            sampler.score(self.model.logits(hidden[at : at + _SCORE_ROWS]), joined[at : at + _SCORE_ROWS])
-            for at in range(0, len(joined), _SCORE_ROWS)
-        ]
+        joined, of = np.concatenate(ids), inputs.score_hidden
+        parts = []
+        for at in range(0, len(hidden), _SCORE_ROWS):
+            first, last = np.searchsorted(of, (at, at + _SCORE_ROWS))
+            logits = self.model.logits(hidden[at : at + _SCORE_ROWS])
+            parts.append(sampler.score(logits, joined[first:last], of[first:last] - at))
         ends = np.cumsum([len(part) for part in ids])
         return dict(zip(inputs.score_rows, np.split(np.concatenate(parts), ends[:-1]), strict=True))
 

@@ -55,11 +55,17 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Draw
     return [_result(int(tokens[i]), logprobs.get(i), params[i].logprobs) for i in range(len(requests))]
 
 
-def score(logits: torch.Tensor, token_ids: IntArray) -> npt.NDArray[np.float64]:
-    """Return (num_rows,) natural-log probabilities of token_ids[i] under logits[i]: (num_rows, vocab_size) float32."""
+def score(
+    logits: torch.Tensor, token_ids: IntArray, rows: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return (num_ids,) natural-log probabilities of token_ids[i] under logits[rows[i]], or logits[i] without rows.
+
+    logits: (num_rows, vocab_size) float32.
+    """
     _check_finite(logits)
-    ids = torch.from_numpy(token_ids.astype(np.int64)).unsqueeze(1)
-    result: npt.NDArray[np.float64] = _log_softmax(logits).gather(1, ids).squeeze(1).numpy()
+    at = np.arange(len(token_ids)) if rows is None else rows
+    ids = torch.from_numpy(token_ids.astype(np.int64))
+    result: npt.NDArray[np.float64] = _log_softmax(logits)[torch.from_numpy(at), ids].numpy()
     return result
 
 

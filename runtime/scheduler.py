@@ -17,7 +17,7 @@ from itertools import chain
 
 import msgspec
 
-from bough.runtime.batch import Batch, PageCopy, Row, RowResult
+from bough.runtime.batch import Batch, PageCopy, RowResult
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.lifecycle import Status
 from bough.runtime.policies import POLICIES
@@ -107,15 +107,16 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises RequestError("resource_exhausted") if the whole pool could not hold it."""
-        needed = self.cache.num_pages_for(len(sequence.tokens))
+        needed = self.cache.num_pages_for(sequence.least_slots)
         if needed > self.cache.num_pages:
             raise RequestError(
                 "resource_exhausted",
-                f"{len(sequence.tokens)} tokens need {needed} pages, the KV pool has {self.cache.num_pages}: "
+                f"{sequence.least_slots} tokens need {needed} pages, the KV pool has {self.cache.num_pages}: "
                 "raise max_total_tokens",
                 needed_pages=needed,
                 total_pages=self.cache.num_pages,
             )
+        sequence.limit_room(self._token_budget, self.cache.num_pages * self.cache.page_size)
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self._waiting[sequence] = None
@@ -163,18 +164,15 @@ class Scheduler:
                 budget -= 1
         for sequence in self.running:
             if budget and sequence.is_prefilling and not sequence.is_paused:
-                rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
+                rows[sequence] = sequence.most_new(budget)
                 budget -= rows[sequence]
         if num_preempted == self.counters.preemptions:
             self._admit(budget, rows, copies)
         if not rows:
             return None
         self.cache.allocator.begin_step()
-        batch = Batch(tuple(self._row(s, num_new) for s, num_new in rows.items()), tuple(copies))
+        batch = Batch(tuple(s.row(num_new, self.cache.page_size) for s, num_new in rows.items()), tuple(copies))
         return Step(batch, tuple(rows))
-
-    def _row(self, sequence: Sequence, num_new: int) -> Row:
-        return sequence.row(num_new, self.cache.num_pages_for(sequence.num_computed + num_new))
 
     def _can_decode(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
         """Reserve the slot of the next token, preempting newer sequences if need be."""
@@ -208,7 +206,7 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
-        self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))
+        self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
         self.cache.release(sequence.lease)
         sequence.lease = None
 
@@ -228,14 +226,15 @@ class Scheduler:
                 continue
             lease = self.cache.acquire(
                 sequence.namespace,
-                sequence.tokens.view(),
+                sequence.tokens.view(0, sequence.num_slots),
                 sequence.match_limit,
                 headroom=self._headroom(sequence),
                 used_until=self._clocks[0] if self.running else None,
             )
             if lease is None and not self.running:
                 # A cached prefix can pin more pages than its tokens need, where edges meet inside a page: do without.
-                lease = self.cache.acquire(sequence.namespace, sequence.tokens.view(), limit=0, headroom=0)
+                tokens = sequence.tokens.view(0, sequence.num_slots)
+                lease = self.cache.acquire(sequence.namespace, tokens, limit=0, headroom=0)
                 if lease is None:
                     self._exhausted.append(sequence)
                     sequence.is_paused = True
@@ -248,7 +247,7 @@ class Scheduler:
             self._count_prompt(sequence)
             if lease.copy is not None:
                 copies.append(lease.copy)
-            rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
+            rows[sequence] = sequence.most_new(budget)
             budget -= rows[sequence]
 
     def _headroom(self, sequence: Sequence) -> int:
@@ -331,7 +330,7 @@ class Scheduler:
             was_prefilling = sequence.is_prefilling
             sequence.num_computed += len(row.token_ids)
             if was_prefilling or sequence.num_computed % self.cache.page_size == 0:
-                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))
+                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
             if result.token is not None:
                 sequence.append(result.token)
                 self.counters.generated_tokens += 1
@@ -358,7 +357,7 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
             assert sequence.lease is not None
-            assert len(sequence.lease.row) * self.cache.page_size >= sequence.num_computed
+            assert len(sequence.lease.row) * self.cache.page_size >= min(sequence.num_computed, sequence.num_slots)
         for sequence in (*self._waiting, *self._preempted):
             assert sequence.status is Status.WAITING
             assert sequence.lease is None

@@ -1,29 +1,37 @@
-"""`Sequence`: the running form of one generate, or of one choice being scored."""
+"""`Sequence`: the running form of one generate, or of the choices of a select being scored."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
-from bough.runtime.batch import Row, SampleRequest
+import numpy as np
+
+from bough.runtime.batch import Row, SampleRequest, TrieShare
 from bough.runtime.cache.prefix_cache import Lease
 from bough.runtime.lifecycle import Status, moved
 from bough.runtime.protocol import SamplingParams
+from bough.runtime.trie import ROOT, TokenTrie, segments
 from bough.runtime.vector import IntArray, IntVector
+
+_MOST_INDEX = 1 << 21  # slots that the nodes of one step may read, together: about 60 MB of index
 
 
 class Sequence:
     """Tokens, how many of them have their KV computed, and the lease on the pages that hold it.
 
     A generating sequence (`params` given) draws a token whenever all its tokens are computed. A scoring sequence
-    (`score_start` given, params None) wants the log-probabilities of tokens[score_start:]; its last token is never
-    computed. The scheduler is the only writer.
+    (`trie` given, params None) wants the log-probabilities of the trie's nodes after its tokens; the nodes to compute
+    follow the prompt among its tokens, and stand where the trie says. The scheduler is the only writer.
 
     ids of tokens   [0 .... num_computed) [num_computed .... goal) ...
                     KV in the lease's row  to be computed
 
+    Where a trie is larger than its share of the pool, nodes whose subtree is done make room for later ones: of the
+    earlier ones only the path to the next node is needed. Only the prompt of a scoring sequence is published.
+
     goal: how many leading tokens must be computed before the sequence draws or is done. prefill_until: below that many
     it is prefilling, what it computes is its prompt or was lost to a preemption; above, it is the token drawn last.
-    num_lost: how many tokens were computed when it was preempted last.
+    num_lost: how many tokens were computed when it was preempted last. room: slots for a trie's nodes.
     """
 
     __slots__ = (
@@ -43,9 +51,11 @@ class Sequence:
         "params",
         "prefill_until",
         "prompt_len",
-        "score_start",
+        "room",
         "seed",
+        "slots",
         "tokens",
+        "trie",
     )
 
     def __init__(
@@ -55,19 +65,23 @@ class Sequence:
         namespace: Hashable = None,
         params: SamplingParams | None = None,
         seed: int = 0,
-        score_start: int | None = None,
+        trie: TokenTrie | None = None,
         forbidden_early: tuple[int, ...] = (),
     ) -> None:
-        assert (params is None) != (score_start is None), "a sequence either generates or scores"
+        assert (params is None) != (trie is None), "a sequence either generates or scores"
+        self.prompt_len = len(tokens)
+        self.trie = trie
+        if trie is not None:
+            self.room = len(trie)
+            self.slots: IntArray = np.arange(len(tokens), len(tokens) + len(trie), dtype=np.int32)
+            tokens = np.concatenate([tokens, trie.tokens])
         assert len(tokens) > 0, "a sequence has at least one token"
         self.tokens = IntVector(tokens, capacity=len(tokens) + (min(params.max_tokens, 1024) if params else 0))
-        self.prompt_len = len(tokens)
         self.namespace = namespace
         self.params = params
         self.seed = seed
-        self.score_start = score_start
         self.forbidden_early = forbidden_early
-        self.goal = len(tokens) if score_start is None else len(tokens) - 1
+        self.goal = len(tokens)
         self.prefill_until = self.goal
         self._status = Status.WAITING
         self.lease: Lease | None = None
@@ -92,12 +106,45 @@ class Sequence:
     @property
     def match_limit(self) -> int:
         """The most leading tokens that may come from the cache: what is sampled or scored needs its logits computed."""
-        return len(self.tokens) - 1 if self.score_start is None else self.score_start - 1
+        return len(self.tokens) - 1 if self.trie is None else max(self.prompt_len - 1, 0)
 
     @property
     def is_prefilling(self) -> bool:
         """Whether more is to be computed than the token drawn last."""
         return self.num_computed < self.prefill_until
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots hold the KV of all tokens."""
+        return len(self.tokens) if self.trie is None else self.prompt_len + self.room
+
+    @property
+    def least_slots(self) -> int:
+        """How many slots it cannot do without."""
+        return len(self.tokens) if self.trie is None else self.prompt_len + self.trie.num_levels
+
+    @property
+    def num_publishable(self) -> int:
+        """How many of the computed tokens are a prefix that others may have: not the nodes of a trie."""
+        return self.num_computed if self.trie is None else min(self.num_computed, self.prompt_len)
+
+    def limit_room(self, spare: int, most: int) -> None:
+        """Let a trie's nodes take the slots of its longest path and `spare` more; with the prompt at most `most`."""
+        if self.trie is not None:
+            self.room = min(len(self.trie), self.trie.num_levels + spare, most - self.prompt_len)
+
+    def most_new(self, budget: int) -> int:
+        """Return how many tokens the next step may compute, of `budget`."""
+        count = min(self.goal - self.num_computed, budget)
+        if self.trie is None or self.num_computed + count <= self.prompt_len:
+            return count
+        # A node reads the whole prompt by slot: its index takes memory in proportion.
+        count = min(count, max(self.prompt_len - self.num_computed, 0) + max(_MOST_INDEX // self.num_slots, 16))
+        if self.room < len(self.trie):
+            first = max(self.num_computed - self.prompt_len, 0)
+            kept = int(self.trie.depths[first])
+            count = min(count, max(self.prompt_len - self.num_computed, 0) + self.room - kept)
+        return count
 
     def append(self, token: int) -> None:
         """Append a drawn token."""
@@ -110,22 +157,53 @@ class Sequence:
         """The tokens drawn so far."""
         return self.tokens.view(self.prompt_len)
 
-    def row(self, num_new: int, num_pages: int) -> Row:
+    def row(self, num_new: int, page_size: int) -> Row:
         """Return this sequence's share of a step that computes `num_new` tokens."""
         assert self.lease is not None, "a sequence without a lease cannot run"
         start, stop = self.num_computed, self.num_computed + num_new
-        score_ids, score_from = None, 0
-        if self.score_start is not None:
-            first = max(self.score_start - 1, start)
-            score_ids, score_from = self.tokens.view(first + 1, stop + 1).copy(), first - start
+        if self.trie is not None:
+            return self._score_row(self.trie, self.lease, start, stop, page_size)
         return Row(
             token_ids=self.tokens.view(start, stop).copy(),
             start=start,
-            pages=self.lease.row.view(0, num_pages),
-            sample=self._sample_request() if self.params is not None and stop == self.goal else None,
-            score_ids=score_ids if score_ids is not None and len(score_ids) else None,
-            score_from=score_from,
+            pages=self.lease.row.view(0, -(-stop // page_size)),
+            sample=self._sample_request() if stop == self.goal else None,
         )
+
+    def _score_row(self, trie: TokenTrie, lease: Lease, start: int, stop: int, page_size: int) -> Row:
+        first, last = trie.edges_below(start - self.prompt_len, stop - self.prompt_len)
+        has_nodes = stop > self.prompt_len
+        return Row(
+            token_ids=self.tokens.view(start, stop).copy(),
+            start=start,
+            pages=lease.row.view(0, None if has_nodes else -(-stop // page_size)),
+            score_ids=trie.edge_tokens[first:last] if last > first else None,
+            score_at=trie.edge_parents[first:last] + np.int32(self.prompt_len - start) if last > first else None,
+            trie=self._trie_share(trie, max(start - self.prompt_len, 0), stop - self.prompt_len) if has_nodes else None,
+        )
+
+    def _trie_share(self, trie: TokenTrie, start: int, stop: int) -> TrieShare:
+        """Give the nodes [start, stop) their slots."""
+        if self.room < len(trie):
+            kept = self.slots[trie.ancestors(start)]
+            free = np.setdiff1d(np.arange(self.prompt_len, self.num_slots, dtype=np.int32), kept)
+            self.slots[start:stop] = free[: stop - start]
+        is_decode, bounds, path_indptr, path_slots = segments(trie, self.slots, start, stop)
+        return TrieShare(
+            context_len=self.prompt_len,
+            depths=trie.depths[start:stop],
+            slots=self.slots[start:stop].copy(),
+            bounds=bounds,
+            is_decode=is_decode,
+            path_indptr=path_indptr,
+            path_slots=path_slots,
+        )
+
+    def edges_taken(self, num_scores: int) -> slice:
+        """Return which edges of the trie the last scores of a step belong to, after it was committed."""
+        assert self.trie is not None, "only a scoring sequence has scores"
+        last = self.trie.edges_below(ROOT, self.num_computed - self.prompt_len)[1]
+        return slice(last - num_scores, last)
 
     def _sample_request(self) -> SampleRequest:
         assert self.params is not None

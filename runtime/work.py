@@ -1,35 +1,30 @@
-"""What an operation does while it runs: `Generation` draws tokens and watches for a stop, `Selection` scores choices.
+"""What an operation does while it runs: `Generation` draws tokens and watches for a stop (`Selection`: selection.py).
 
 Both turn outcomes of the scheduler into text and replies; neither touches sockets, pages or devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from typing import TypeAlias
 
 import msgspec
-import numpy as np
 
 from bough.runtime.batch import RowResult
-from bough.runtime.choices import best, distribution, score_choices
 from bough.runtime.operation import Operation
 from bough.runtime.protocol import (
-    ChoiceMethod,
     Delta,
     FinishReason,
     Generate,
     Generated,
-    Selected,
     TokenLogprob,
-    Usage,
     encode_tokens,
 )
+from bough.runtime.selection import Selection
 from bough.runtime.sequence import Sequence
 from bough.runtime.text.detokenizer import IncrementalDecoder
 from bough.runtime.text.stops import StopMatcher
 from bough.runtime.text.tokenizer import Tokenizer
-from bough.runtime.vector import IntArray
+from bough.runtime.usage import usage_of
 
 
 class Generation:
@@ -134,7 +129,7 @@ class Generation:
             buffer=0,
             finish_reason=self.finish_reason,
             length=length,
-            usage=_usage(self.operation, self.sequences, self._num_drawn, self._first_token_at, now),
+            usage=usage_of(self.operation, self.sequences, self._num_drawn, self._first_token_at, now),
             matched_stop=self.matched_stop,
             logprobs=self._logprobs if self._params.logprobs is not None else None,
             leftover=self.leftover,
@@ -143,7 +138,7 @@ class Generation:
 
     def partial(self, now: float) -> dict[str, int | float | str]:
         """What the reply says of a generation that fails: the text so far, and the fields of `Usage`."""
-        usage = _usage(self.operation, self.sequences, self._num_drawn, self._first_token_at, now)
+        usage = usage_of(self.operation, self.sequences, self._num_drawn, self._first_token_at, now)
         return {"partial_text": self.text, **msgspec.structs.asdict(usage)}
 
     def kept_ids(self) -> list[int]:
@@ -157,112 +152,4 @@ class Generation:
         return TokenLogprob(result.logprob, token, self._tokenizer.decode([token]), top)
 
 
-class Selection:
-    """One select or score in flight: a sequence per choice, and per choice alone where the method needs it.
-
-    choices[i] holds the ids of choice i, which follow the branch's `context_len` ids.
-    """
-
-    def __init__(
-        self,
-        operation: Operation,
-        method: ChoiceMethod,
-        context: IntArray,
-        choices: list[list[int]],
-        skip: int,
-        namespace: str,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self.operation = operation
-        self.choices = choices
-        self._skip = skip
-        self._method = method
-        self._tokenizer = tokenizer
-        self._first_result_at: float | None = None
-        start = len(context) + skip
-        self._given = [Sequence(_ids(context, ids), namespace=namespace, score_start=start) for ids in choices]
-        self._alone: list[Sequence | None] = []
-        if method == "unconditional_likelihood_normalized":
-            self._alone = [
-                Sequence(_ids(ids[skip:]), namespace=namespace, score_start=1) if len(ids) - skip > 1 else None
-                for ids in choices
-            ]
-        self._values: dict[Sequence, list[float]] = {s: [] for s in (*self._given, *self._alone) if s is not None}
-        self.sequences = tuple(self._values)
-        self._logprobs: list[list[float]] = []
-        self._unconditional: list[list[float]] | None = None
-        self._scores: list[float] = []
-
-    def take_scores(self, sequence: Sequence, result: RowResult, now: float) -> bool:
-        """Take the outcome of a step for one sequence in; True if that sequence is complete.
-
-        After a preemption some scores come a second time, and take the place of the first.
-        """
-        if result.score_logprobs is not None:
-            assert sequence.score_start is not None
-            scores = result.score_logprobs.tolist()
-            known = self._values[sequence]
-            del known[sequence.num_computed + 1 - len(scores) - sequence.score_start :]
-            known.extend(scores)
-        if sequence.num_computed < sequence.goal:
-            return False
-        if self._first_result_at is None:
-            self._first_result_at = now
-        return True
-
-    def decide(self) -> int:
-        """Score the choices, all of whose sequences are complete; return the index of the best."""
-        self._logprobs = [self._values[sequence] for sequence in self._given]
-        if self._alone:
-            self._unconditional = [[0.0, *(self._values[s] if s is not None else [])] for s in self._alone]
-        self._scores = score_choices(self._method, self._logprobs, self._unconditional)
-        return best(self._scores)
-
-    def reply(self, length: int, now: float) -> Selected:
-        """Return the terminal reply, after `decide`; `length` is the branch's new length in tokens."""
-        return Selected(
-            op=self.operation.id,
-            index=best(self._scores),
-            scores=self._scores,
-            distribution=distribution(self._logprobs),
-            logprobs=[self._labelled(ids, row) for ids, row in zip(self.choices, self._logprobs, strict=True)],
-            length=length,
-            usage=_usage(self.operation, self.sequences, 0, self._first_result_at, now),
-            unconditional=self._unconditional,
-        )
-
-    def partial(self, now: float) -> dict[str, int | float | str]:
-        """What the reply says of a selection that fails: the fields of `Usage`."""
-        return msgspec.structs.asdict(_usage(self.operation, self.sequences, 0, self._first_result_at, now))
-
-    def _labelled(self, ids: list[int], values: list[float]) -> list[TokenLogprob]:
-        return [
-            TokenLogprob(value, token, self._tokenizer.decode([token]))
-            for value, token in zip(values, ids[self._skip :], strict=True)
-        ]
-
-
-def _ids(*parts: Items[int] | IntArray) -> IntArray:
-    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
-
-
 Work: TypeAlias = Generation | Selection
-
-
-def _usage(
-    operation: Operation, sequences: Items[Sequence], num_drawn: int, first_at: float | None, now: float
-) -> Usage:
-    admitted = [s.admitted_at for s in sequences if s.admitted_at is not None]
-    return Usage(
-        prompt_tokens=sum(s.cached_tokens + s.computed_tokens for s in sequences),
-        cached_tokens=sum(s.cached_tokens for s in sequences),
-        computed_tokens=sum(s.computed_tokens for s in sequences),
-        completion_tokens=num_drawn,
-        queue_ms=_ms(operation, min(admitted) if admitted else now),
-        ttft_ms=_ms(operation, now if first_at is None else first_at),
-        latency_ms=_ms(operation, now),
-    )
-
-
-def _ms(operation: Operation, at: float) -> float:
-    return round((at - operation.arrived_at) * 1e3, 3)

@@ -110,14 +110,14 @@ MUTANTS = (
     Mutant(
         "the whole prompt may come from the cache",
         "sequence.py",
-        "return len(self.tokens) - 1 if self.score_start is None else self.score_start - 1",
-        "return len(self.tokens) if self.score_start is None else self.score_start - 1",
+        "return len(self.tokens) - 1 if self.trie is None else max(self.prompt_len - 1, 0)",
+        "return len(self.tokens) if self.trie is None else max(self.prompt_len - 1, 0)",
     ),
     Mutant(
         "the token before the first score may come from the cache",
         "sequence.py",
-        "return len(self.tokens) - 1 if self.score_start is None else self.score_start - 1",
-        "return len(self.tokens) - 1 if self.score_start is None else self.score_start",
+        "return len(self.tokens) - 1 if self.trie is None else max(self.prompt_len - 1, 0)",
+        "return len(self.tokens) - 1 if self.trie is None else self.prompt_len",
     ),
     Mutant(
         "min_tokens is one too many",
@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "a token is published that was not computed",
         SCHEDULER,
-        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed))",
-        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_computed + 1))",
+        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))",
+        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable + 1))",
     ),
     Mutant(
         "nothing is published before the end",

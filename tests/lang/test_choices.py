@@ -16,7 +16,14 @@ from bough.runtime import choices as of_runtime
 from bough.runtime.protocol import CHOICE_METHODS
 
 ROWS = st.lists(st.lists(st.floats(-20, 0), min_size=1, max_size=5), min_size=1, max_size=5)
-NAMED = (bo.token_length_normalized, bo.greedy_token_selection, bo.unconditional_likelihood_normalized)
+NAMED = (
+    bo.token_length_normalized,
+    bo.greedy_token_selection,
+    bo.unconditional_likelihood_normalized,
+    bo.total_likelihood,
+    bo.byte_length_normalized,
+    bo.pmi,
+)
 
 
 class Decide(bo.ChoicesSamplingMethod):
@@ -40,10 +47,12 @@ class Decide(bo.ChoicesSamplingMethod):
 def test_backends_without_a_runtime_score_as_the_runtime_does(rows: list[list[float]]) -> None:
     alone = [[value / 2 for value in row] for row in rows]
     for method in map(choices.literal, CHOICE_METHODS):
-        mine = choices.score_choices(method, rows, alone)
-        assert mine == of_runtime.score_choices(method, rows, alone)
+        num_bytes = [3 * len(row) + 1 for row in rows]
+        mine = choices.score_choices(method, rows, alone, num_bytes)
+        assert mine == of_runtime.score_choices(method, rows, alone, num_bytes)
         assert choices.best(mine) == of_runtime.best(mine)
-    assert choices.distribution(rows) == of_runtime.distribution(rows)
+    for temperature in (1.0, 0.3):
+        assert choices.distribution(rows, temperature) == of_runtime.distribution(rows, temperature)
 
 
 def test_named_methods_are_their_names_and_can_be_called() -> None:
@@ -57,8 +66,10 @@ def test_named_methods_are_their_names_and_can_be_called() -> None:
             output_token_logprobs=[[], []],
             unconditional_token_logprobs=[[(0.0, 1, "a")], [(0.0, 2, "b"), (0.0, 3, "c")]],
         )
-        assert decision.decision == "bc"
-    assert [method.requires_unconditional_logprobs for method in NAMED] == [False, False, True]
+        likelier = method not in ("sum", "pmi")
+        assert decision.decision == ("bc" if likelier else "a"), method
+    needs = [method for method in NAMED if method.requires_unconditional_logprobs]
+    assert needs == [bo.unconditional_likelihood_normalized, bo.pmi]
 
 
 def test_a_select_takes_a_method_by_name_or_as_an_object() -> None:

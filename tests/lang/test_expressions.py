@@ -79,7 +79,7 @@ def test_gen_never_touches_the_stop_list_it_is_given() -> None:
         ({"return_logprob": 1}, "return_logprob must be True or False"),
         ({"choices_method": bo.greedy_token_selection}, "choices_method needs choices"),
         ({"choices": ["a"], "max_tokens": 3}, "max_tokens has no effect on a choice"),
-        ({"choices": ["a"], "temperature": 0.5}, "temperature must be 0, got 0.5"),
+        ({"choices": ["a"], "temperature": 101}, "temperature must be between 0 and 100, got 101"),
         ({"ebnf": "root ::= x"}, "ebnf is not supported yet"),
     ],
 )
@@ -118,17 +118,25 @@ def test_select_says_which_choice_is_wrong(choices: Any, words: str) -> None:
         bo.select("x", choices)
 
 
-def test_select_knows_its_three_methods_and_takes_the_best() -> None:
+def test_select_knows_its_methods_and_their_limits() -> None:
     for method in (
         bo.token_length_normalized,
         bo.greedy_token_selection,
         bo.unconditional_likelihood_normalized,
+        bo.total_likelihood,
+        bo.byte_length_normalized,
+        bo.pmi,
     ):
         assert bo.select("x", ["a"], choices_method=method).method == method
     with pytest.raises(bo.InvalidRequest, match="choices_method must be one of token_length_normalized"):
         bo.select("x", ["a"], choices_method="best")  # type: ignore[arg-type]
-    with pytest.raises(bo.InvalidRequest, match="temperature must be 0, got 1"):
-        bo.select("x", ["a"], temperature=1.0)
+    with pytest.raises(bo.InvalidRequest, match="temperature must be between 0 and 100, got -1"):
+        bo.select("x", ["a"], temperature=-1)
+    with pytest.raises(bo.InvalidRequest, match="temperature must be a number, got 'hot'"):
+        bo.select("x", ["a"], temperature="hot")  # type: ignore[arg-type]
+    with pytest.raises(bo.InvalidRequest, match="choices_method has no effect at temperature 1"):
+        bo.select("x", ["a"], temperature=1, choices_method=bo.pmi)
+    assert bo.select("x", ["a"], temperature=1, choices_method="sum").temperature == 1.0
 
 
 @pytest.mark.parametrize("name", ["", 3, b"x"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bough.runtime.choices import best, distribution, score_choices
+from bough.runtime.choices import best, distribution, draw, score_choices
 from bough.runtime.protocol import ChoiceMethod
 
 
@@ -40,3 +40,21 @@ def test_the_distribution_is_over_whole_choices_and_sums_to_one() -> None:
     shares = distribution([[math.log(0.2), math.log(0.5)], [math.log(0.3)]])
     assert shares == pytest.approx([0.25, 0.75])
     assert sum(distribution([[-1000.0], [-1001.0]])) == pytest.approx(1.0)
+
+
+def test_a_temperature_sharpens_or_flattens_the_distribution() -> None:
+    shares = distribution([[math.log(0.2)], [math.log(0.4)]], 0.5)
+    assert shares == pytest.approx([0.2, 0.8])
+
+
+def test_sum_and_bytes_and_pmi_count_whole_choices() -> None:
+    given, alone = [[-1.0, -2.0], [-2.5]], [[-3.0, -2.0], [-3.0]]
+    assert score_choices("sum", given, None) == [-3.0, -2.5]
+    assert score_choices("byte_length_normalized", given, None, [6, 2]) == [-0.5, -1.25]
+    assert score_choices("pmi", given, alone) == [2.0, 0.5]
+
+
+def test_a_draw_inverts_the_cumulative_distribution() -> None:
+    shares = [0.25, 0.0, 0.75]
+    assert [draw(shares, point) for point in (0.0, 0.2, 0.25, 0.9, 1 - 2**-53)] == [0, 0, 2, 2, 2]
+    assert draw([0.0, 1.0, 0.0], 1 - 2**-53) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from itertools import product
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -48,6 +49,10 @@ PARTS = st.one_of(
     st.sampled_from(WORDS).map(Text),
     st.sampled_from(WORDS).map(Text),
     st.just(Tokens(0)),
+)
+CHOICES = st.one_of(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=4, unique=True),
+    st.integers(2, 3).map(lambda depth: ["".join(words) for words in product((" a", " b", " the"), repeat=depth)]),
 )
 STOPS = st.sampled_from([(), (), (), ("ab",), ("b a", "a"), (" th",), ("aab", "aa")])
 STOP_IDS = st.sampled_from([(), (), (), (PALETTE[0],), (PALETTE[1], PALETTE[3])])
@@ -201,10 +206,11 @@ class EngineMachine(RuleBasedStateMachine):
         slot=SLOT,
         pick=PICK,
         kind=st.sampled_from([Select, Score]),
-        choices=st.lists(st.sampled_from(WORDS), min_size=1, max_size=4, unique=True),
+        choices=CHOICES,
         method=st.sampled_from(CHOICE_METHODS),
         timeout_s=st.sampled_from([None, None, None, 1.0]),
         steps=STEPS,
+        temperature=st.sampled_from([0.0, 0.7]),
     )
     def choose(
         self,
@@ -215,9 +221,11 @@ class EngineMachine(RuleBasedStateMachine):
         method: str,
         timeout_s: float | None,
         steps: int,
+        temperature: float,
     ) -> None:
         branch = self.some_branch(slot, pick)
-        self.world.send(slot, kind, branch=branch, choices=choices, method=method, timeout_s=timeout_s)
+        options = {"temperature": temperature} if kind is Select else {}
+        self.world.send(slot, kind, branch=branch, choices=choices, method=method, timeout_s=timeout_s, **options)
         self.go(steps)
 
     @rule(steps=st.integers(1, 3))
@@ -328,6 +336,7 @@ MUST_SEE = {
     "finished by length": 150,
     "finished by stop": 20,
     "finished by choice": 100,
+    "trie in less room than it has nodes": 10,
     "failed: cancelled": 30,
     "failed: dependency_failed": 50,
     "failed: overloaded": 20,

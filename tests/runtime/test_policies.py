@@ -9,12 +9,13 @@ import pytest
 
 from bough.runtime.policies import AGEING_TOKENS, OVERDUE, WINDOW, first_come, longest_prefix
 from bough.runtime.sequence import Sequence
+from bough.runtime.trie import TokenTrie
 
 
 def waiting(arrivals: Iterable[int]) -> dict[Sequence, None]:
     queue: dict[Sequence, None] = {}
     for arrival in arrivals:
-        sequence = Sequence(np.ones(1, dtype=np.int32), score_start=1)
+        sequence = Sequence(np.ones(1, dtype=np.int32), trie=TokenTrie([[1]]))
         sequence.arrival = arrival
         queue[sequence] = None
     return queue

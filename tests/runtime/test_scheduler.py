@@ -13,6 +13,7 @@ from bough.runtime.lifecycle import Status
 from bough.runtime.protocol import RequestError, SamplingParams
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
+from bough.runtime.trie import TokenTrie
 
 
 class Bench:
@@ -34,7 +35,7 @@ class Bench:
         self.scheduler = Scheduler(
             self.cache, token_budget=budget, max_running=max_running, policy=policy, usual_len=usual_len
         )
-        self.scores: dict[Sequence, list[float]] = {}
+        self.scores: dict[Sequence, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
         self.exhausted: list[Sequence] = []
 
     def generate(self, prompt: list[int], num_tokens: int, **options: object) -> Sequence:
@@ -47,8 +48,12 @@ class Bench:
         return sequence
 
     def score(self, context: list[int], ids: list[int]) -> Sequence:
-        sequence = Sequence(np.array(context + ids, dtype=np.int32), score_start=len(context))
-        self.scores[sequence] = []
+        return self.score_all(context, [ids])
+
+    def score_all(self, context: list[int], choices: list[list[int]]) -> Sequence:
+        trie = TokenTrie(choices)
+        sequence = Sequence(np.array(context, dtype=np.int32), trie=trie)
+        self.scores[sequence] = np.full(trie.num_nodes, np.nan)
         self.scheduler.submit(sequence)
         return sequence
 
@@ -63,7 +68,8 @@ class Bench:
             sequence = outcome.sequence
             if sequence.params is None:
                 if outcome.result.score_logprobs is not None:
-                    self.scores[sequence].extend(outcome.result.score_logprobs.tolist())
+                    scores = outcome.result.score_logprobs
+                    self.scores[sequence][sequence.edges_taken(len(scores))] = scores
                 is_done = sequence.num_computed == sequence.goal
             else:
                 is_done = len(sequence.generated) == sequence.params.max_tokens
@@ -299,5 +305,41 @@ def test_scores_are_those_of_the_full_sequence_whatever_is_cached() -> None:
         bench.run()
         for sequence, ids in zip(scored, choices, strict=True):
             full = [logprob([*context, *ids[:j]], token) for j, token in enumerate(ids)]
-            assert bench.scores[sequence] == full
+            assert bench.scores[sequence].tolist() == full
     assert scored[2].computed_tokens <= 4
+
+
+def test_choices_are_computed_once_per_different_token_in_one_step_and_nothing_of_the_prompt_again() -> None:
+    bench = Bench(budget=64, pages=64)
+    context = list(range(1, 23))
+    bench.generate(context, 1)
+    bench.run()
+    choices = [[30, 31, 32], [30, 31, 33], [30, 34], [35], [30, 31, 32, 36]]
+    before = bench.scheduler.counters.steps
+    sequence = bench.score_all(context, choices)
+    bench.run()
+    assert bench.scheduler.counters.steps - before == 1
+    assert (sequence.cached_tokens, sequence.computed_tokens) == (21, 1 + 3), "the last of the prompt; 30, 31, 32"
+    assert sequence.trie is not None
+    expected = [[logprob([*context, *ids[:j]], token) for j, token in enumerate(ids)] for ids in choices]
+    assert sequence.trie.per_choice(bench.scores[sequence]) == expected
+
+
+def test_a_trie_larger_than_the_pool_reuses_the_slots_of_what_is_done() -> None:
+    bench = Bench(budget=8, pages=10)
+    context = list(range(1, 12))
+    choices = [[a, b, c, 9] for a in range(1, 5) for b in range(1, 6) for c in range(1, 6)]
+    sequence = bench.score_all(context, choices)
+    assert sequence.trie is not None
+    assert len(sequence.trie) == 4 + 20 + 100
+    bench.run()
+    expected = [[logprob([*context, *ids[:j]], token) for j, token in enumerate(ids)] for ids in choices]
+    assert sequence.trie.per_choice(bench.scores[sequence]) == expected
+    assert sequence.num_slots <= 11 + 3 + 8
+    assert sequence.computed_tokens == 11 + 124
+
+
+def test_a_choice_too_long_for_the_pool_is_refused_with_the_pages_it_needs() -> None:
+    bench = Bench(pages=3)
+    with pytest.raises(RequestError, match="14 tokens need 4 pages, the KV pool has 3"):
+        bench.score([1] * 10, [2] * 5)

@@ -44,20 +44,51 @@ class FakeRunner:
             self.kv[copy.target, : copy.num_slots] = self.kv[copy.source, : copy.num_slots]
             self.kv[copy.target, copy.num_slots :] = FREED
         for row in batch.rows:  # all writes before all reads, as in a forward pass
-            for offset, token in enumerate(row.token_ids.tolist()):
-                page, slot = divmod(row.start + offset, self.page_size)
-                self.kv[row.pages[page], slot] = token
-                self.num_computed += 1
+            self.kv.reshape(-1)[self._written(row)] = row.token_ids
+            self.num_computed += len(row.token_ids)
         return [self._result(row) for row in batch.rows]
+
+    def _slots_of(self, row: Row) -> list[int]:
+        """The slots of the pool behind each slot of a row."""
+        return [page * self.page_size + slot for page in row.pages.tolist() for slot in range(self.page_size)]
+
+    def _written(self, row: Row) -> list[int]:
+        """Where the KV of a row's tokens goes."""
+        num_nodes = 0 if row.trie is None else len(row.trie.slots)
+        linear = range(row.start, row.start + len(row.token_ids) - num_nodes)
+        all_slots = self._slots_of(row)
+        return [all_slots[i] for i in (*linear, *([] if row.trie is None else row.trie.slots.tolist()))]
+
+    def paths(self, row: Row) -> list[list[int]]:
+        """For each new token of a row, the slots of the pool that it attends to, its own last."""
+        num_nodes = 0 if row.trie is None else len(row.trie.slots)
+        all_slots = self._slots_of(row)
+        stop = row.start + len(row.token_ids) - num_nodes
+        paths = [all_slots[: i + 1] for i in range(row.start, stop)]
+        if row.trie is None:
+            return paths
+        trie = row.trie
+        for segment, (first, last) in enumerate(zip(trie.bounds.tolist(), trie.bounds[1:].tolist(), strict=False)):
+            own = trie.path_slots[trie.path_indptr[segment] : trie.path_indptr[segment + 1]].tolist()
+            path = [*all_slots[: trie.context_len], *(all_slots[i] for i in own)]
+            assert len(own) == trie.depths[last - 1] + 1, "a path is as long as its last node is deep"
+            assert own[len(own) - (last - first) :] == trie.slots[first:last].tolist()
+            assert not trie.is_decode[segment] or last - first == 1, "a decode has one query"
+            paths += [path[: len(path) - (last - 1 - i)] for i in range(first, last)]
+        return paths
 
     def _result(self, row: Row) -> RowResult:
         stop = row.start + len(row.token_ids)
-        ids = self.kv[row.pages].reshape(-1)[:stop].tolist()
-        assert FREED not in ids, "a row reads a slot that nobody wrote"
+        flat, paths = self.kv.reshape(-1), self.paths(row)
+        ids = flat[paths[-1]].tolist()
         scores = None
         if row.score_ids is not None:
-            first = row.start + row.score_from + 1
-            scores = np.array([logprob(ids[: first + j], token) for j, token in enumerate(row.score_ids.tolist())])
+            assert row.score_at is not None
+            pairs = zip(row.score_ids.tolist(), row.score_at.tolist(), strict=True)
+            before = {at: flat[paths[at]].tolist() for at in set(row.score_at.tolist())}
+            scores = np.array([logprob(before[at], token) for token, at in pairs])
+            ids += [token for known in before.values() for token in known]
+        assert FREED not in ids, "a row reads a slot that nobody wrote"
         if row.sample is None:
             return RowResult(score_logprobs=scores)
         assert row.sample.position == stop

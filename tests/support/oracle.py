@@ -22,7 +22,7 @@ from fakes import FREED, FakeClock, FakeRunner, logprob
 from bough.runtime.batch import Batch, Row, RowResult
 from bough.runtime.cache.prefix_cache import Lease, PrefixCache
 from bough.runtime.cache.radix_tree import Node
-from bough.runtime.choices import best, score_choices
+from bough.runtime.choices import best, distribution, score_choices
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
@@ -115,26 +115,21 @@ class KVRunner(FakeRunner):
 
     def execute(self, batch: Batch) -> list[RowResult]:
         assert batch.rows, "an empty step"
-        written = [(int(row.pages[p]), s) for row in batch.rows for p, s in self._slots(row)]
+        written = [slot for row in batch.rows for slot in self._written(row)]
         assert len(set(written)) == len(written), "two rows write one slot"
         self.num_copies += len(batch.copies)
         for copy in batch.copies:
             self.stamps[copy.target, : copy.num_slots] = self.stamps[copy.source, : copy.num_slots]
             self.stamps[copy.target, copy.num_slots :] = 0
+        flat = self.stamps.reshape(-1)
         for row in batch.rows:
-            before = 0
-            if row.start:
-                page, slot = divmod(row.start - 1, self.page_size)
-                before = int(self.stamps[row.pages[page], slot])
-                assert before, "a row goes on after a slot that nobody wrote"
-            for (page, slot), value in zip(self._slots(row), stamps(row.token_ids.tolist(), before), strict=True):
-                self.stamps[row.pages[page], slot] = value
+            for path, token in zip(self.paths(row), row.token_ids.tolist(), strict=True):
+                before = int(flat[path[-2]]) if len(path) > 1 else 0
+                assert before or len(path) == 1, "a token goes on after a slot that nobody wrote"
+                flat[path[-1]] = stamp(before, token)
         results = super().execute(batch)
         self.batches.clear()
         return results
-
-    def _slots(self, row: Row) -> list[tuple[int, int]]:
-        return [divmod(row.start + offset, self.page_size) for offset in range(len(row.token_ids))]
 
     def _result(self, row: Row) -> RowResult:
         result = super()._result(row)
@@ -413,7 +408,7 @@ class Oracle:
                 longest = len(leaf.ids) + max(map(len, op.choices))
                 self._fits(longest)
                 op.context = tuple(leaf.ids)
-                self._start(op, leaf, longest)
+                self._start(op, leaf, longest - 1)
             case Release():
                 self._forget(op.slot, leaf)
             case _:
@@ -566,9 +561,22 @@ class Oracle:
             alone = None
             if op.request.method == "unconditional_likelihood_normalized":
                 alone = [[0.0, *_scores((), c[op.skip :], 1)] for c in op.choices]
+            if op.request.method == "pmi":
+                alone = [_scores((PROMPTER.neutral_id(),), c[op.skip :], 0) for c in op.choices]
             assert [[t.logprob for t in row] for row in reply.logprobs] == given
             assert reply.unconditional == alone
-            assert reply.index == best(score_choices(op.request.method, given, alone))
+            num_bytes = [len(choice.encode()) for choice in op.request.choices]
+            assert reply.scores == score_choices(op.request.method, given, alone, num_bytes)
+            assert reply.distribution == distribution(given, getattr(op.request, "temperature", 0.0) or 1.0)
+            if not getattr(op.request, "temperature", 0.0):
+                assert reply.index == best(reply.scores)
+            inner = {tuple(ids[op.skip : end]) for ids in op.choices for end in range(op.skip + 1, len(ids))}
+            bases = (
+                (len(op.context) + op.skip,)
+                if alone is None
+                else (len(op.context) + op.skip, op.request.method == "pmi")
+            )
+            assert reply.usage.prompt_tokens == sum(bases) + len(bases) * len(inner), "each node once"
             if isinstance(op.request, Select):
                 leaf.ids += op.choices[reply.index]
                 leaf.tail = PROMPTER.tail(at_start=False)
@@ -708,6 +716,8 @@ class World:
         self.seen["twin"] += any(
             s.lease is lease and row != lease.row.view()[: len(row)].tolist() for s, lease, row in rows
         )
+        tries = [s for s, _, _ in rows if s.trie is not None]
+        self.seen["trie in less room than it has nodes"] += any(s.room < len(s.trie or ()) for s in tries)
         self.collect()
         return did_run
 
@@ -872,16 +882,16 @@ class World:
         writable: set[int] = set()
         for sequence in self.scheduler.running:
             assert sequence.lease is not None
-            assert sequence.num_computed >= sequence.lease.published or not self.config.radix_cache
+            assert sequence.num_publishable >= sequence.lease.published or not self.config.radix_cache
             row = sequence.lease.row.view().tolist()
             for page in row:
                 assert tenant_of.setdefault(page, sequence.namespace) == sequence.namespace, "two tenants share a page"
-            self._check_slots(row, 0, sequence.tokens.view(0, sequence.num_computed).tolist(), 0)
+            self._check_slots(row, 0, sequence.tokens.view(0, sequence.num_publishable).tolist(), 0)
             top = sequence.lease.node
             while top.parent is not None:
                 top = top.parent
             assert self.cache.tree._roots.get(sequence.namespace) is top, "a lease in another tenant's tree"
-            writable.update(row[sequence.num_computed // size :])
+            writable.update(row[sequence.num_publishable // size :])
         rows = [s.lease.row.view().tolist() for s in self.scheduler.running if s.lease is not None]
         named = Counter(page for row in rows for page in row)
         assert all(named[page] == 1 for page in writable), "a row could write a page that another row reads"
