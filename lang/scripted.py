@@ -16,8 +16,8 @@ from itertools import count
 from typing import Final, TypeVar
 
 from bough.backend import Branch, Delta, Generation, OnDelta
-from bough.errors import BoughError, Cancelled, ContextOverflow, InvalidRequest, of
 from bough.choices import score_choices
+from bough.errors import BoughError, Cancelled, ContextOverflow, InvalidRequest, of
 from bough.runtime import protocol
 from bough.runtime.protocol import (
     ChoiceMethod,

@@ -120,6 +120,30 @@ MUTANTS = (
         "return len(self.tokens) - 1 if self.trie is None else self.prompt_len",
     ),
     Mutant(
+        "a trie's nodes are published as if they were a prompt",
+        "sequence.py",
+        "return self.num_computed if self.trie is None else min(self.num_computed, self.prompt_len)",
+        "return self.num_computed",
+    ),
+    Mutant(
+        "a node takes the slot of an ancestor of the next",
+        "sequence.py",
+        "            kept = self.slots[trie.ancestors(start)]\n",
+        "            kept = self.slots[trie.ancestors(start)[:1]]\n",
+    ),
+    Mutant(
+        "scores are taken for the edges before",
+        "sequence.py",
+        "return slice(last - num_scores, last)",
+        "return slice(last - num_scores - 1, last - 1)",
+    ),
+    Mutant(
+        "a node attends to its own run only",
+        "trie.py",
+        "        left = above != ROOT\n",
+        "        left = np.zeros_like(above, dtype=np.bool_)\n",
+    ),
+    Mutant(
         "min_tokens is one too many",
         "sequence.py",
         "len(generated) < self.params.min_tokens",

@@ -113,7 +113,7 @@ def test_scores_are_log_probabilities_of_the_given_ids() -> None:
     (text,) = texts(runner("qwen2"), [ids])
     device = runner("qwen2")
     device.execute(Batch((text.row(16, 40),)))
-    row = Row(ids[40:], 40, text.pages[: -(-60 // 16)], score_ids=ids[43:60], score_at=np.arange(2, 19))
+    row = Row(ids[40:], 40, text.pages[: -(-60 // 16)], score_ids=ids[43:60], score_at=np.arange(2, 19, dtype=np.int32))
     (result,) = device.execute(Batch((row,)))
     assert result.token is None
     assert result.score_logprobs is not None

@@ -1,4 +1,4 @@
-"""The whole runtime against transformers: greedy tokens and scores do not depend on how the work was arranged.
+"""The whole runtime against transformers: greedy tokens do not depend on how the work was arranged.
 
 Tiny random float32 checkpoints of each architecture, through a real runtime process. With a budget of 32 tokens a step,
 the short prompts are computed whole and the long ones in chunks, beside the decodes of others.
@@ -13,19 +13,11 @@ from processes import within
 from tiny_checkpoints import VARIANTS, Oracle, tiny_checkpoint
 
 import bough as bo
-from bough.runtime.choices import score_choices
-from bough.runtime.protocol import ChoiceMethod
 
 NUM_NEW = 10
 SHORT = "The tree and a branch"
 LONG = "def f_7(x):\n    return x + 259\n\nIt's a model of the world, and the branch of a tree has 1234 pages. " * 2
 PROMPTS = (SHORT, LONG, "Hello World", "x", "\u4f60\u597d\uff0c\u4e16\u754c na\u00efve \U0001f600 token cache")
-CHOICES = (" tree", " branch of the world", " a cache and's token")
-METHODS: tuple[ChoiceMethod, ...] = (
-    "token_length_normalized",
-    "greedy_token_selection",
-    "unconditional_likelihood_normalized",
-)
 CASES = [*((variant, 16) for variant in VARIANTS), ("llama", 1), ("qwen3", 1)]
 
 
@@ -123,28 +115,3 @@ def test_forks_compute_nothing_but_their_own_text(case: Case) -> None:
         assert meta["token_ids"] == case.oracle.greedy(trunk + own, NUM_NEW)
         assert meta["prompt_tokens"] == len(trunk) + len(own)
         assert meta["computed_tokens"] <= len(own) + 1  # the token drawn last has no keys and values yet
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_select_scores_are_those_of_a_full_rescoring(case: Case, method: ChoiceMethod) -> None:
-    @bo.function
-    def choose(s: bo.State) -> None:
-        s += SHORT
-        s += bo.select("best", CHOICES, choices_method=method)
-
-    state = choose.run(backend=case.runtime)
-    meta = within(60, lambda: state.get_meta_info("best"))
-    start = len(case.oracle.ids(SHORT))
-    given, alone = [], []
-    for choice, tokens in zip(CHOICES, meta["choice_token_logprobs"], strict=True):
-        ids = case.oracle.ids(SHORT + choice)
-        assert [token_id for _, token_id, _ in tokens] == ids[start:]
-        given.append(case.oracle.logprobs(ids, start))
-        alone.append([0.0, *case.oracle.logprobs(ids[start:], 1)] if len(ids) - start > 1 else [0.0])
-        assert [value for value, _, _ in tokens] == pytest.approx(given[-1], abs=1e-4)
-    expected = score_choices(method, given, alone)
-    assert meta["scores"] == pytest.approx(expected, abs=1e-4)
-    if method == "token_length_normalized":
-        assert meta["scores"] == pytest.approx([sum(row) / len(row) for row in given], abs=1e-4)
-    assert state["best"] == CHOICES[max(range(3), key=expected.__getitem__)]
-    assert sum(meta["distribution"]) == pytest.approx(1)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import pytest
-from fakes import FakeClock, FakeRunner
+from fakes import FakeClock, FakeRunner, logprob
 
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.composer import Composer
@@ -367,6 +368,55 @@ def test_select_scores_every_choice_in_one_operation_and_appends_the_best(client
     assert sum(reply.distribution) == pytest.approx(1.0)
     assert ["".join(t.text for t in row) for row in reply.logprobs] == choices
     assert client.text_of(1) == "The sky is" + choices[reply.index]
+
+
+def test_two_thousand_choices_are_scored_in_a_pool_that_holds_a_fraction_of_them() -> None:
+    client = Client(pages=64, token_budget=100)
+    client.branch(1, Text("The answer is"))
+    choices = [f" {a} and {b} or {c}" for a in range(20) for b in range(10) for c in range(10)]
+    op = client.send(Select, branch=1, choices=choices)
+    client.run()
+    reply = client.last(op, Selected)
+    ids = [[token.token_id for token in row] for row in reply.logprobs]
+    nodes = {tuple(row[:end]) for row in ids for end in range(1, len(row))}
+    assert len(nodes) > 64 * 4, "all at once would not fit"
+    assert reply.usage.computed_tokens - len(nodes) == reply.usage.prompt_tokens - len(nodes)
+    assert reply.usage.computed_tokens < len(nodes) + 10
+    assert client.runner.num_computed == reply.usage.computed_tokens
+    assert reply.index == max(range(2000), key=lambda i: (reply.scores[i], -i))
+    assert sum(reply.distribution) == pytest.approx(1)
+    for index in (0, 1, 999, 1999):
+        context = client.session.branches[1].log.array()[: -len(ids[reply.index])].tolist()
+        values = [token.logprob for token in reply.logprobs[index]]
+        assert values == [logprob([*context, *ids[index][:j]], ids[index][j]) for j in range(len(ids[index]))]
+
+
+def test_a_select_at_a_temperature_draws_from_its_distribution_with_the_branchs_seed() -> None:
+    drawn = []
+    for _ in range(2):
+        client = Client(pages=512)
+        client.branch(1, Text("The sky is"))
+        client.send(Fork, branch=1, children=list(range(2, 302)))
+        ops = [
+            client.send(Select, branch=branch, choices=[" blue", " red", " a b"], temperature=0.5)
+            for branch in range(2, 302)
+        ]
+        client.run()
+        replies = [client.last(op, Selected) for op in ops]
+        drawn.append([reply.index for reply in replies])
+    assert drawn[0] == drawn[1], "the same program draws the same"
+    sums = [sum(token.logprob for token in row) / 0.5 for row in replies[0].logprobs]
+    weights = np.exp(np.array(sums) - max(sums))
+    assert replies[0].distribution == pytest.approx((weights / weights.sum()).tolist())
+    shares = np.bincount(drawn[0], minlength=3) / 300
+    assert shares == pytest.approx(replies[0].distribution, abs=4 * (0.25 / 300) ** 0.5), "four standard deviations"
+
+
+def test_a_temperature_out_of_range_is_refused(client: Client) -> None:
+    client.branch(1, Text("The sky is"))
+    op = client.send(Select, branch=1, choices=[" blue"], temperature=-0.5)
+    failure = client.last(op, Failed)
+    assert (failure.kind, failure.details["field"]) == ("invalid_request", "temperature")
 
 
 def test_score_appends_nothing(client: Client) -> None:

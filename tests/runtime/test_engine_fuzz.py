@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from itertools import product
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -224,7 +225,7 @@ class EngineMachine(RuleBasedStateMachine):
         temperature: float,
     ) -> None:
         branch = self.some_branch(slot, pick)
-        options = {"temperature": temperature} if kind is Select else {}
+        options: dict[str, Any] = {"temperature": temperature} if kind is Select else {}
         self.world.send(slot, kind, branch=branch, choices=choices, method=method, timeout_s=timeout_s, **options)
         self.go(steps)
 

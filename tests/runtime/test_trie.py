@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_parents_come_first_and_depths_count_them(choices: list[list[int]]) -> N
         assert ROOT <= parent < node
         assert trie.depths[node] == len(trie.ancestors(node))
         run = list(range(int(trie.run_starts[node]), node + 1))
-        assert all(trie.parents[after] == before for before, after in zip(run, run[1:], strict=False))
+        assert all(trie.parents[after] == before for before, after in pairwise(run))
 
 
 @given(CHOICES)
