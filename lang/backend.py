@@ -107,6 +107,7 @@ class Backend(Protocol):
         name: str | None = None,
         timeout_s: float | None = None,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Future[Selected]:
         """Score the choices as continuations and append the best; at a temperature, one drawn from the distribution."""
 

@@ -157,6 +157,19 @@ def distribution(logprobs: Logprobs, temperature: float = 1.0) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def draw(shares: Sequence[float], point: float) -> int:
+    """Return the first index whose cumulative share is above `point`, in [0, 1); never one without a share."""
+    total, last = 0.0, 0
+    target = point * math.fsum(shares)
+    for index, share in enumerate(shares):
+        total += share
+        if share > 0:
+            last = index
+            if total > target:
+                break
+    return last
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the mean."""
     return math.fsum(values) / len(values)

@@ -150,9 +150,11 @@ class RuntimeClient:
         name: str | None = None,
         timeout_s: float | None = None,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Future[Selected]:
         """Score the choices and append the best."""
-        request = protocol.Select(next(self._link.ops), branch, list(choices), method, timeout_s, temperature)
+        op = next(self._link.ops)
+        request = protocol.Select(op, branch, list(choices), method, timeout_s, temperature, seed)
         return self._ask(request, protocol.Selected, _selected(len(choices)))
 
     def score(

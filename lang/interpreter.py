@@ -181,10 +181,13 @@ class Interpreter:
         params = self.sampling.params_with(gen.overrides)
         if gen.constraint is not None:
             params = gen.constraint.params(params)
+        seed = self._next_seed()
+        return params if "seed" in gen.overrides else msgspec.structs.replace(params, seed=seed)
+
+    def _next_seed(self) -> int:
+        """Count a draw of this branch; return the seed of its place in the program."""
         self._num_gens += 1
-        if "seed" in gen.overrides:
-            return params
-        return msgspec.structs.replace(params, seed=self.seeds.of_draw(self._path, self._num_gens))
+        return self.seeds.of_draw(self._path, self._num_gens)
 
     def _collector(self, chunks: list[Delta]) -> OnDelta:
         feed = self.feed
@@ -228,6 +231,7 @@ class Interpreter:
             name=select.name,
             timeout_s=timeout_s,
             temperature=select.temperature,
+            seed=self._next_seed() if select.temperature else None,
         )
         return self._called(SelectCall(select.name, select.choices, reply))
 

@@ -192,9 +192,12 @@ class Runtime:
         name: str | None = None,
         timeout_s: float | None = None,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Future[Selected]:
         """Score the choices and append the best."""
-        return self._client.select(branch, choices, method, name=name, timeout_s=timeout_s, temperature=temperature)
+        return self._client.select(
+            branch, choices, method, name=name, timeout_s=timeout_s, temperature=temperature, seed=seed
+        )
 
     def score(
         self,

@@ -7,7 +7,10 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from random import Random
 from typing import Any, Final
+
+import msgspec
 
 from bough import choices as choosing
 from bough.backend import Branch, Delta, Generation, OnDelta
@@ -182,11 +185,22 @@ class OpenAI:
         *,
         name: str | None = None,
         timeout_s: float | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Future[Selected]:
-        """Score the choices and append the best; only completion models whose server echoes log-probabilities can."""
+        """Score the choices and append the best; only completion models whose server echoes log-probabilities can.
+
+        At a temperature the choice is drawn here, by `seed`.
+        """
 
         async def work(holds: Transcript, queue_ms: float) -> Outcome:
             selected = await self._score(holds, choices, method, queue_ms)
+            if temperature:
+                given = [[token.logprob for token in row] for row in selected.logprobs]
+                shares = choosing.distribution(given, temperature)
+                index = choosing.draw(shares, Random(seed).random())
+                length = holds.length + len(choices[index])
+                selected = msgspec.structs.replace(selected, distribution=shares, index=index, length=length)
             taken = holds.append(choices[selected.index])
             return taken, selected
 
@@ -281,12 +295,13 @@ class OpenAI:
 
     async def _score(self, holds: Transcript, texts: Sequence[str], method: ChoiceMethod, queue_ms: float) -> Selected:
         require(self.capabilities.select, "select", "score given choices: a chat model's protocol cannot")
+        require(method != "pmi", "pmi", "score choices after a neutral token alone")
         prompt, begun = prompt_of(holds), time.monotonic()
         answer = await self._echo([prompt + text for text in texts])
         rows = echoed(answer.choices, prompt, texts)
         given = [[token.logprob for token in row] for row in rows]
         alone = await self._alone(rows, texts) if method == "unconditional_likelihood_normalized" else None
-        scores = choosing.score_choices(method, given, alone)
+        scores = choosing.score_choices(method, given, alone, [len(text.encode()) for text in texts])
         index = choosing.best(scores)
         elapsed_ms = (time.monotonic() - begun) * 1000
         usage = usage_of(answer.usage, queue_ms, queue_ms + elapsed_ms, queue_ms + elapsed_ms)

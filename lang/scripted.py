@@ -235,6 +235,7 @@ class ScriptedBackend:
         name: str | None = None,
         timeout_s: float | None = None,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Future[Selected]:
         """Append the choice of the script."""
 

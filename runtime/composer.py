@@ -205,7 +205,9 @@ class Composer:
                 limit = f"temperature must be between 0 and {MAX_TEMPERATURE:g}, got {request.temperature}"
                 raise RequestError("invalid_request", limit, field="temperature")
             branch.num_draws += 1
-            seed = self._derive_seed(branch)
+            seed = self._derive_seed(branch) if request.seed is None else request.seed
+            if not 0 <= seed <= MAX_ID:
+                raise RequestError("invalid_request", f"seed must be between 0 and {MAX_ID}, got {seed}", field="seed")
         return Selection(
             operation,
             request,

@@ -321,7 +321,8 @@ class Select(_Message, frozen=True, tag="select"):
     """Score the choices by `method` and append the best, the first on ties.
 
     A choice is scored by the tokens that its text adds to the branch's text, without an end: one that begins another
-    is as likely as its own tokens. temperature > 0: the choice is drawn from the distribution instead.
+    is as likely as its own tokens. temperature > 0: the choice is drawn from the distribution instead,
+    by `seed`, or by the branch's next.
     """
 
     op: int
@@ -330,6 +331,7 @@ class Select(_Message, frozen=True, tag="select"):
     method: ChoiceMethod = "token_length_normalized"
     timeout_s: float | None = None
     temperature: float = 0.0
+    seed: int | None = None
 
 
 class Score(_Message, frozen=True, tag="score"):

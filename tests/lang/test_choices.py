@@ -52,7 +52,10 @@ def test_backends_without_a_runtime_score_as_the_runtime_does(rows: list[list[fl
         assert mine == of_runtime.score_choices(method, rows, alone, num_bytes)
         assert choices.best(mine) == of_runtime.best(mine)
     for temperature in (1.0, 0.3):
-        assert choices.distribution(rows, temperature) == of_runtime.distribution(rows, temperature)
+        shares = choices.distribution(rows, temperature)
+        assert shares == of_runtime.distribution(rows, temperature)
+        for point in (0.0, 0.3, 0.99):
+            assert choices.draw(shares, point) == of_runtime.draw(shares, point)
 
 
 def test_named_methods_are_their_names_and_can_be_called() -> None:

@@ -204,7 +204,7 @@ def test_streams_without_usage_where_the_server_counts_none(make: Make) -> None:
 # ------------------------------------------------------------------------------------------------ select
 
 
-@pytest.mark.parametrize("method", protocol.CHOICE_METHODS)
+@pytest.mark.parametrize("method", [method for method in protocol.CHOICE_METHODS if method != "pmi"])
 def test_a_completion_model_scores_choices_by_echo(make: Make, method: Any) -> None:
     backend, server = make(lambda path, body: Answer(), is_chat_model=False)
     s = State(backend)
@@ -222,6 +222,28 @@ def test_a_completion_model_scores_choices_by_echo(make: Make, method: Any) -> N
     assert (server.requests[0]["max_tokens"], server.requests[0]["echo"]) == (0, True)
     if method == "token_length_normalized":
         assert s["pet"] == " cat"
+
+
+def test_a_choice_is_drawn_by_the_runs_seed(make: Make) -> None:
+    backend, _ = make(lambda path, body: Answer(), is_chat_model=False)
+
+    @bo.function
+    def pets(s: State) -> None:
+        for index in range(12):
+            s += "Pet:" + bo.select(str(index), [" hamster", " cat", " big dog"], temperature=20)
+
+    first, again = (pets.run(backend=backend, seed=3) for _ in range(2))
+    chosen = [first[str(index)] for index in range(12)]
+    assert chosen == [again[str(index)] for index in range(12)]
+    assert len(set(chosen)) > 1
+
+
+def test_a_neutral_prompt_is_refused_by_name(make: Make) -> None:
+    backend, _ = make(lambda path, body: Answer(), is_chat_model=False)
+    s = State(backend)
+    s += "Pet:" + bo.select("pet", [" hamster", " cat"], choices_method=bo.pmi)
+    with pytest.raises(bo.errors.UnsupportedByBackend, match="capability 'pmi'"):
+        s["pet"]
 
 
 def test_a_token_that_straddles_the_seam_belongs_to_the_choice(make: Make) -> None:

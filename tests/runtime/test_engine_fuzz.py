@@ -192,8 +192,11 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         stream=st.booleans(),
         steps=STEPS,
+        cancel=st.sampled_from([False, False, True]),
     )
-    def fan_out(self, slot: int, pick: int, count: int, text: str, max_tokens: int, stream: bool, steps: int) -> None:
+    def fan_out(
+        self, slot: int, pick: int, count: int, text: str, max_tokens: int, stream: bool, steps: int, cancel: bool
+    ) -> None:
         """The usual program: children that share what came before, and generate."""
         children = list(range(self.next_branch, self.next_branch + count))
         self.next_branch += count
@@ -201,6 +204,8 @@ class EngineMachine(RuleBasedStateMachine):
         for index, child in enumerate(children):
             self.world.send(slot, Extend, branch=child, parts=[Text(text * (1 + index))])
             self.world.generate(slot, child, max_tokens=max_tokens, stream=stream)
+        if cancel:
+            self.world.send(slot, Cancel, branch=children[0])
         self.go(steps)
 
     @rule(
@@ -288,11 +293,11 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.send(slot, Stat)
             self.world.send(slot, Fork, branch=self.some_branch(slot, pick), children=[9_000, 9_000])
             self.world.send(slot, Fork, branch=9_999, children=[9_000])
-        elif what == "death" and pick < 16:
+        elif what == "death" and pick < 48:
             self.world.close(slot)
             self.open(slot, "a b")
 
-    @rule(seconds=st.sampled_from([0.1, 0.4, 1.0]))
+    @rule(seconds=st.sampled_from([0.1, 1.0, 1.0]))
     def wait(self, seconds: float) -> None:
         self.world.clock.now += seconds
 

@@ -165,9 +165,8 @@ def generate(runner: Runner, together: Sequence[Text], count: int, chunk: int | 
 
 def logits(runner: Runner, row: Row, *others: Row) -> torch.Tensor:
     """Run rows as one step; return (num_new, vocab_size) float32 logits after every new token of the first."""
-    probe = msgspec.structs.replace(
-        row, sample=None, score_ids=row.token_ids, score_at=np.arange(len(row.token_ids), dtype=np.int32)
-    )
+    everywhere = np.arange(len(row.token_ids), dtype=np.int32)
+    probe = msgspec.structs.replace(row, sample=None, score_ids=row.token_ids, score_at=everywhere)
     rest = tuple(msgspec.structs.replace(other, score_ids=None) for other in others)
     with torch.inference_mode():
         batch = Batch((probe, *rest))
