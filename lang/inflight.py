@@ -11,8 +11,10 @@ from bough.errors import InvalidRequest
 
 MAX_AUTO: Final = 256
 """Most items in flight where nobody says how many. An item costs its client some 20 KB."""
-FIRST: Final = 32
-"""In flight before the first has ended, where the size of the cache is known."""
+GUESS: Final = 2048
+"""Tokens that an item is taken to need before the first has ended."""
+FIRST: Final = 4
+"""Least in flight until then."""
 SHARE: Final = 0.9
 """Of the cache that items may fill; the rest is for what they have in common, and for those larger than the mean."""
 WEIGHT: Final = 0.1
@@ -33,7 +35,8 @@ class InFlight:
         """How many may be in flight now; at least one."""
         fits = self._most
         if self._capacity is not None:
-            fits = FIRST if self._mean is None else int(self._capacity * SHARE / max(1.0, self._mean))
+            fits = int(self._capacity * SHARE / max(1.0, GUESS if self._mean is None else self._mean))
+            fits = max(fits, FIRST) if self._mean is None else fits
         return max(1, int(min(fits, self._most) * self._relief))
 
     def ended(self, num_tokens: int) -> None:
