@@ -15,7 +15,6 @@ from bough.runtime import protocol
 
 if TYPE_CHECKING:
     from bough.grammars import Grammar
-    from bough.thinking import Delimited
     from bough.typed import Shape
 
 OnLimit: TypeAlias = Literal["raise", "close"]
@@ -37,7 +36,6 @@ class Constraint:
     wire: as it is sent; None for free text. shape: what reads the text, if a type was asked for. grammar: its captures
     become variables, names which (with whether there can be several). stop, stop_regex: what ends the text besides the
     gen's own stops. is_whole_or_error: whether a text that was cut short is an error for who reads it.
-    span: between what the variable's text is, while it streams.
     """
 
     wire: protocol.Grammar | None
@@ -47,7 +45,6 @@ class Constraint:
     stop: tuple[str, ...] = ()
     stop_regex: tuple[str, ...] = ()
     is_whole_or_error: bool = True
-    span: Delimited | None = None
 
     def params(self, params: protocol.SamplingParams) -> protocol.SamplingParams:
         """Return the parameters with the stops that end such a text."""

@@ -50,7 +50,6 @@ class Gen(Expression):
     n: int | None
     timeout_s: float | None
     constraint: Constraint | None = None
-    is_kept: bool = True  # in the text and the context, once the message has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,16 @@ class SeparateReasoning(Expression):
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtBegin(Expression):
+    """Where a thought begins that is to be forgotten; made by `think`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtEnd(Expression):
+    """Where it ends."""
+
+
+@dataclass(frozen=True, slots=True)
 class Concat(Expression):
     """Pieces after each other."""
 
@@ -102,7 +111,7 @@ class Concat(Expression):
         return iter(self.items)
 
 
-Piece: TypeAlias = str | Gen | Select | RoleBegin | RoleEnd | SeparateReasoning
+Piece: TypeAlias = str | Gen | Select | RoleBegin | RoleEnd | SeparateReasoning | ThoughtBegin | ThoughtEnd
 
 
 def pieces_of(value: object) -> tuple[Piece, ...]:

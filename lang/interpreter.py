@@ -18,7 +18,7 @@ import msgspec
 from bough.backend import Backend, Branch, Delta, OnDelta
 from bough.choices import ChoicesSamplingMethod
 from bough.errors import BoughError, Cancelled, InvalidRequest
-from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning
+from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, ThoughtBegin, ThoughtEnd
 from bough.pieces import Call, DecidedCall, GenCall, Item, Mark, SelectCall, Strand, Trunk, all_items, error_of
 from bough.runtime import protocol
 from bough.sampling import Sampling
@@ -141,6 +141,9 @@ class Interpreter:
             return self._generate(piece)
         if isinstance(piece, Select):
             return self._select(piece)
+        if isinstance(piece, (ThoughtBegin, ThoughtEnd)):
+            self._bound_thought(isinstance(piece, ThoughtBegin))
+            return None
         if isinstance(piece, SeparateReasoning):  # about variables, which are the state's
             return None
         self.role = piece.role if isinstance(piece, RoleBegin) else None
@@ -151,8 +154,6 @@ class Interpreter:
 
     def _generate(self, gen: Gen) -> Call:
         self.flush()
-        if not gen.is_kept:
-            self._begin_thought()
         params = self._params(gen)
         n = gen.n or self.sampling.n
         chunks: list[Delta] | None = None if self.feed is None else []
@@ -297,13 +298,19 @@ class Interpreter:
         if undecided is not None:
             wait(undecided.reply)
 
-    def _begin_thought(self) -> None:
+    def _bound_thought(self, is_begin: bool) -> None:
+        """Begin a thought that is to be forgotten, or end it."""
+        if not is_begin:
+            assert self._thought is not None, "made in one expression"
+            self._thought.end(self)
+            return
+        self.flush()
         if self._thought is None:
             from bough.thinking import Thought
 
             self._thought = Thought(self)
         else:
-            self._thought.add(self)
+            self._thought.begin(self)
 
     def _forget(self) -> None:
         """Forget the thoughts of a message that has ended; what was written after them has to be known for that."""

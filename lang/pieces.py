@@ -318,8 +318,7 @@ def read(value: object) -> Any:
 def written(value: object) -> str:
     """Return a variable's value as text: of a gen what the model wrote, waiting for it if need be."""
     if isinstance(value, GenCall) and len(value.replies) == 1:
-        span = None if value.constraint is None else value.constraint.span
-        return value.text() if span is None else span.inside(value.text())
+        return value.text()
     return str(read(value))
 
 

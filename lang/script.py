@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -100,3 +101,11 @@ def check_reply(text: str, grammar: Grammar) -> Acceptor:
     fits = len(data[: acceptor.length(data)].decode(errors="ignore"))
     what = "ends too early for" if fits == len(text) else f"from {text[fits : fits + 20]!r} on does not match"
     raise BackendError(f"the script says {text!r}, which {what} the {grammar.kind} {grammar.source[:200]!r}")
+
+
+def only_text(grammar: Grammar | None) -> str | None:
+    """Return the text that a grammar leaves no choice about; None if it does."""
+    if grammar is None or grammar.kind != "choices":
+        return None
+    choices = json.loads(grammar.source)
+    return str(choices[0]) if len(choices) == 1 else None

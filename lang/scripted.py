@@ -28,7 +28,7 @@ from bough.runtime.protocol import (
     TokenLogprob,
     Usage,
 )
-from bough.script import Choose, Replies, Script, check_reply, cut, words_of
+from bough.script import Choose, Replies, Script, check_reply, cut, only_text, words_of
 
 T = TypeVar("T")
 
@@ -202,11 +202,14 @@ class ScriptedBackend:
     ) -> Future[Generation]:
         """Append the next reply of the script, cut at stop strings and after `max_tokens` words.
 
-        A reply that the grammar excludes is an error of the script. One that `max_tokens` cuts is not closed.
+        A grammar of one choice needs no reply; one that the grammar excludes is an error of the script.
+        What `max_tokens` cuts is not closed.
         """
 
         def work(target: _Branch) -> Generation:
-            said = self._script.reply(name, target.whole, params)
+            said = only_text(grammar)
+            if said is None:
+                said = self._script.reply(name, target.whole, params)
             acceptor = None if grammar is None else check_reply(said, grammar)
             text, reason, stop = cut(said, params)
             words = text.split() if params.logprobs is None and on_delta is None else words_of(text)

@@ -177,9 +177,7 @@ def _variable_steps(state: State, name: str) -> Iterator[str | None]:
         yield None
     value = state._variables[name]
     if isinstance(value, GenCall) and value.chunks is not None:
-        span = None if value.constraint is None else value.constraint.span
-        steps = _item_steps(state, value)
-        yield from steps if span is None else span.stream(steps)
+        yield from _item_steps(state, value)
         return
     if isinstance(value, LAZY):
         while not all(future.done() for future in value.futures()):
