@@ -1,5 +1,6 @@
 # make demo    a fresh machine -> a program running on its own runtime, offline with the bundled model
 # make test    the whole suite
+# make kernels compile every GPU kernel ahead of time (minutes) and hold it to its limits
 # make check   what CI checks besides the tests: format, lint, types, layering
 #
 # PYTHON picks the interpreter of .venv; PIP_ARGS, PIP_* variables and pip's own configuration are passed to pip.
@@ -13,13 +14,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := lang runtime kernels tests examples benchmarks
 
-.PHONY: demo test check format pocket pocket-eval bench clean
+.PHONY: demo test kernels check format pocket pocket-eval bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $(PYTEST_ARGS) # spinning threads and two cores do not go together
+
+kernels: $(VENV)/.installed-dev
+	$(BIN)/python -P -m bough.kernels.aot
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)

@@ -60,8 +60,12 @@ def choose_kernels(
     exact_split: None, or the chunk of positions whose partial sums are merged, 256 or 512 say: then a token's bits
     do not depend on the batch, the tree, or how its prompt was cut. max_extend_tokens: prefills of at most so many new
     tokens are computed like a decode with more rows, split over the keys and sharing what is shared; not in exact mode.
-    Raises ValueError if the architecture has no such dtype.
+    Raises ValueError if the architecture has no such dtype or is older than 8.0, or if heads do not divide evenly.
     """
+    if arch < (8, 0):
+        raise ValueError(f"kernels need compute capability 8.0, the device has {arch[0]}.{arch[1]}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
     if kv_dtype == torch.float8_e4m3fn and arch < (8, 9):
         raise ValueError(f"float8_e4m3fn KV needs compute capability 8.9, the device has {arch[0]}.{arch[1]}")
     element_bytes = kv_dtype.itemsize
@@ -79,7 +83,8 @@ def choose_kernels(
         share=share,
     )
     extend = max_extend_tokens if exact_split is None else 0
-    return Kernels(narrow, wide, prefill_config(head_dim, element_bytes, arch), options, window, soft_cap, extend)
+    prefill = prefill_config(head_dim, element_bytes, arch, windowed=window is not None)
+    return Kernels(narrow, wide, prefill, options, window, soft_cap, extend)
 
 
 @dataclass(frozen=True, slots=True)

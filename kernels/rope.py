@@ -81,20 +81,20 @@ def rotate_and_store_kernel(
         v_second = tl.load(value_place + HALF, mask=in_half, other=0.0).to(tl.float32)
         kv_row = slot * NUM_KV_HEADS + head
         # The key is one row of the tile: the others add zeros.
-        k_first = tl.sum(tl.where(is_key[:, None], turned_first.to(tl.float32), 0.0), 0)
-        k_second = tl.sum(tl.where(is_key[:, None], turned_second.to(tl.float32), 0.0), 0)
+        key_first = tl.sum(tl.where(is_key[:, None], turned_first.to(tl.float32), 0.0), 0)
+        key_second = tl.sum(tl.where(is_key[:, None], turned_second.to(tl.float32), 0.0), 0)
         if LARGEST > 0:
-            k_scale = tl.max(tl.maximum(tl.abs(k_first), tl.abs(k_second)), 0) / LARGEST
+            k_scale = tl.max(tl.maximum(tl.abs(key_first), tl.abs(key_second)), 0) / LARGEST
             v_scale = tl.max(tl.maximum(tl.abs(v_first), tl.abs(v_second)), 0) / LARGEST
             tl.store(k_scales + kv_row, k_scale)
             tl.store(v_scales + kv_row, v_scale)
-            k_first = quantised(k_first, k_scale, k_pages, IS_INTEGER)
-            k_second = quantised(k_second, k_scale, k_pages, IS_INTEGER)
+            key_first = quantised(key_first, k_scale, k_pages, IS_INTEGER)
+            key_second = quantised(key_second, k_scale, k_pages, IS_INTEGER)
             v_first = quantised(v_first, v_scale, v_pages, IS_INTEGER)
             v_second = quantised(v_second, v_scale, v_pages, IS_INTEGER)
         page_place = kv_row * HEAD_DIM + half
-        tl.store(k_pages + page_place, k_first.to(k_pages.dtype.element_ty), mask=in_half)
-        tl.store(k_pages + page_place + HALF, k_second.to(k_pages.dtype.element_ty), mask=in_half)
+        tl.store(k_pages + page_place, key_first.to(k_pages.dtype.element_ty), mask=in_half)
+        tl.store(k_pages + page_place + HALF, key_second.to(k_pages.dtype.element_ty), mask=in_half)
         tl.store(v_pages + page_place, v_first.to(v_pages.dtype.element_ty), mask=in_half)
         tl.store(v_pages + page_place + HALF, v_second.to(v_pages.dtype.element_ty), mask=in_half)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SHARED_BYTES = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448}
+SHARED_BYTES = {(8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448}
 _DEFAULT_SHARED_BYTES = 101376  # what every architecture from sm_80 on has
 NARROW_ROWS = 16
 WIDE_ROWS = 64
@@ -63,9 +63,9 @@ def decode_config(head_dim: int, element_bytes: int, arch: Arch, *, wide: bool =
     return _fitted(config, width, element_bytes, arch)
 
 
-def prefill_config(head_dim: int, element_bytes: int, arch: Arch) -> AttentionConfig:
-    """Return the configuration of `prefill.prefill_attention`; one per head size, so that a row's bits do not depend on
-    how a prompt was cut into chunks."""
+def prefill_config(head_dim: int, element_bytes: int, arch: Arch, *, windowed: bool = False) -> AttentionConfig:
+    """Return the configuration of `prefill.prefill_attention`; one per model, so that a row's bits do not depend on how
+    a prompt was cut into chunks. windowed: every tile is masked, which takes registers."""
     width = padded_head_dim(head_dim)
     has_wgmma = arch >= (9, 0)
     rows, block_n, num_stages = 128, 64, 3
@@ -75,6 +75,8 @@ def prefill_config(head_dim: int, element_bytes: int, arch: Arch) -> AttentionCo
         rows, block_n = (128 if width <= 128 and has_wgmma else 64), (32 if width <= 128 or has_wgmma else 16)
     elif width > 128:
         rows, block_n = (128 if has_wgmma else 64), 32
+    if windowed and not has_wgmma:
+        rows = min(rows, 64)
     config = AttentionConfig(f"prefill_{rows}x{block_n}_d{width}", rows, block_n, 8, num_stages)
     return _fitted(config, width, element_bytes, arch)
 
