@@ -124,6 +124,9 @@ def _build(
     from bough.runtime.cache.prefix_cache import PrefixCache
     from bough.runtime.composer import Composer
     from bough.runtime.engine import Engine
+    from bough.runtime.grammar.compiler import GrammarCompiler
+    from bough.runtime.grammar.vetting import Limits, Vetter
+    from bough.runtime.grammar.vocabulary import Vocabulary
     from bough.runtime.inflight import Executor, InFlight
     from bough.runtime.models.folder import resolve_model
     from bough.runtime.prompter import Prompter
@@ -152,8 +155,15 @@ def _build(
     runner.warm_up()
     epoch = secrets.randbits(62)
     seed = config.seed if config.seed is not None else secrets.randbits(62)
+    vocabulary = Vocabulary(prompter.tokenizer, runner.vocab_size)
+    grammars = GrammarCompiler(vocabulary, Limits(), Vetter(Limits(), vocabulary).vet)
     composer = Composer(
-        prompter, vocab_size=runner.vocab_size, context_len=runner.context_len, seed=seed, credit=config.credit
+        prompter,
+        vocab_size=runner.vocab_size,
+        context_len=runner.context_len,
+        seed=seed,
+        credit=config.credit,
+        grammars=grammars,
     )
     executor: Executor = runner
     if journal is not None:
@@ -170,7 +180,15 @@ def _build(
             context_len=runner.context_len,
         )
     in_flight = InFlight(scheduler, executor, credit=config.credit)
-    engine = Engine(config, scheduler, in_flight, composer, epoch=epoch, wire_stats=lambda: server.stats())
+    engine = Engine(
+        config,
+        scheduler,
+        in_flight,
+        composer,
+        epoch=epoch,
+        wire_stats=lambda: server.stats(),
+        on_compiled=journal.compiled if journal is not None else None,
+    )
 
     our_version = version("bough")
 

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from bough.runtime.grammar.constraint import Constraint
 from bough.runtime.protocol import SamplingParams
 
 IntArray = npt.NDArray[np.int32]
@@ -34,6 +35,8 @@ class SampleRequest(msgspec.Struct, frozen=True):
     seed keys the counter-based generator together with the position of the drawn token (`position`), so that a draw
     does not depend on the batch. generated: the ids this operation has drawn so far; prompt: the ids before them
     (given only when repetition_penalty asks for it). forbidden: ids that must not be drawn now (min_tokens).
+    constraint: which ids may be drawn at all; forbidden ids then may, where nothing else may. is_forced: the last
+    token was not drawn but forced by a grammar, so that it is computed as a prompt is.
     """
 
     params: SamplingParams
@@ -42,6 +45,8 @@ class SampleRequest(msgspec.Struct, frozen=True):
     generated: IntArray
     prompt: IntArray
     forbidden: tuple[int, ...]
+    constraint: Constraint | None = None
+    is_forced: bool = False
 
 
 class TrieShare(msgspec.Struct, frozen=True):

@@ -30,6 +30,7 @@ class Roles:
 
 
 Healed: TypeAlias = "tuple[int, list[int], Healed | None]"
+Seam: TypeAlias = "tuple[int, int, Seam | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Branch:
     path: position in the tree of branches, (root id, child index, child index ...): the key of derived seeds.
     healed: (length, ids that came next, the one before) where tokens gave way to others that begin with their text, so
     that a rollback to before brings them back.
+    seams: (length, bytes of the tail there, the one before) wherever something ended that no program wrote as text: a
+    role, given tokens, what was drawn or selected. Only what comes after it may be drawn again.
     A branch is unborn, without log and tail, while the fork that makes it still waits for its parent.
     children: those that something was sent for; broods: the others.
     """
@@ -71,6 +74,7 @@ class Branch:
         "pending",
         "poison",
         "roles",
+        "seams",
         "tail",
     )
 
@@ -80,6 +84,7 @@ class Branch:
         self.roles = Roles()
         self.marks: tuple[tuple[int, Roles], ...] = ()
         self.healed: Healed | None = None
+        self.seams: Seam | None = None
         self.num_draws = 0
         self.num_forked = 0
         self._life = Life.UNBORN
@@ -118,12 +123,17 @@ class Branch:
         self.roles = parent.roles
         self.marks = parent.marks
         self.healed = parent.healed
+        self.seams = parent.seams
         self.poison = parent.poison
         self._life = moved(self._life, Life.LIVE)
 
     def set_roles(self, roles: Roles) -> None:
         self.roles = roles
         self.marks = (*self.marks, (len(self.log), roles))
+
+    def set_seam(self) -> None:
+        """Note that what was appended last was not a program's text."""
+        self.seams = (len(self.log), len(self.tail.pending.encode()), self.seams)
 
     def take_back(self, count: int) -> None:
         """Take the last `count` tokens off, which give way to others with their text."""
@@ -151,6 +161,8 @@ class Branch:
             self.log.extend(taken)
         self.log.truncate(length)
         self.tail = tail
+        while self.seams is not None and self.seams[0] > length:
+            self.seams = self.seams[2]
         self.marks = tuple(mark for mark in self.marks if mark[0] <= length)
         self.roles = self.marks[-1][1] if self.marks else Roles()
         self.poison = None

@@ -7,6 +7,11 @@ from collections.abc import Sequence as Items
 from itertools import zip_longest
 
 from bough.runtime.branch import Branch, Roles
+from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
+from bough.runtime.grammar.constraint import Constraint
+from bough.runtime.grammar.healing import PrefixConstraint
+from bough.runtime.grammar.matching import GrammarConstraint
+from bough.runtime.grammar.vocabulary import MOST_BACK, Vocabulary
 from bough.runtime.operation import Operation
 from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import (
@@ -44,8 +49,18 @@ class Composer:
     a failed operation poisons it.
     """
 
-    def __init__(self, prompter: Prompter, *, vocab_size: int, context_len: int, seed: int, credit: int) -> None:
+    def __init__(
+        self,
+        prompter: Prompter,
+        *,
+        vocab_size: int,
+        context_len: int,
+        seed: int,
+        credit: int,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         self._prompter = prompter
+        self.grammars = grammars or GrammarCompiler(Vocabulary(prompter.tokenizer, vocab_size))
         self._vocab_size = vocab_size
         self._context_len = context_len
         self._seed = seed
@@ -66,6 +81,7 @@ class Composer:
                 branch.tail.append(text, special=True)
                 branch.log.extend(branch.tail.take_stable())
                 branch.set_roles(roles)
+                branch.set_seam()
                 rendered.append(text)
             else:
                 self._append(branch, part, buffers)
@@ -84,6 +100,7 @@ class Composer:
                 self._take_back(branch, replaces, token_ids)
                 branch.log.extend(token_ids)
                 branch.tail.follow_tokens()
+                branch.set_seam()
             case Tools(definitions):
                 if branch.roles.names:
                     raise RequestError("invalid_request", "tools are told of before the first message", field="tools")
@@ -149,35 +166,73 @@ class Composer:
             )
         branch.rollback(request.length, self._prompter.tail(at_start=request.length == 0))
 
-    def generation(self, operation: Operation, branch: Branch, request: Generate) -> Generation:
-        """Return the work of a generate on this branch, all of whose text becomes tokens now."""
-        params = request.params
-        params.check()
-        if request.grammar is not None:
-            raise RequestError("invalid_request", "grammar is not supported by this runtime", field="grammar")
-        self._check_vocabulary([*params.stop_token_ids, *params.logit_bias])
+    def wanted_grammar(self, branch: Branch, request: Generate) -> GrammarKey | None:
+        """Return which grammar has to be compiled for this generate, if any; all waiting text becomes tokens now."""
+        request.params.check()
         branch.log.extend(branch.tail.flush())
+        if request.grammar is None:
+            return None
+        request.grammar.check()
+        taken = self._healed(branch, request)
+        before = self._prompter.tokenizer.decode_bytes(taken, at_start=False).decode()
+        return GrammarKey(request.grammar.kind, request.grammar.source, before)
+
+    def generation(self, operation: Operation, branch: Branch, request: Generate) -> Generation:
+        """Return the work of a generate on this branch, once its grammar is compiled."""
+        params = request.params
+        key = self.wanted_grammar(branch, request)
+        self._check_vocabulary([*params.stop_token_ids, *params.logit_bias])
         tokens = branch.log.array()
         if not len(tokens):
             raise RequestError("invalid_request", "generate needs at least one token of text before it")
         self._check_length(branch, more=1)
         branch.num_draws += 1
         seed = params.seed if params.seed is not None else self._derive_seed(branch)
+        taken = self._healed(branch, request)
         sequence = Sequence(
-            tokens,
+            tokens[: len(tokens) - len(taken)],
             namespace=operation.session.namespace,
             params=params,
             seed=seed,
             forbidden_early=(*self._prompter.tokenizer.eos_ids, *params.stop_token_ids) if params.min_tokens else (),
+            constraint=self._constraint(request, key, taken, self._context_len - len(tokens)),
         )
-        generation = Generation(operation, request, sequence, self._prompter.tokenizer, self._context_len)
+        generation = Generation(operation, request, sequence, self._prompter.tokenizer, self._context_len, taken)
         generation.credit = self._credit
         return generation
+
+    def _healed(self, branch: Branch, request: Generate) -> list[int]:
+        """Return the ids at the branch's end that are drawn again; its tail is empty."""
+        if not request.heal:
+            return []
+        ids: list[int] = branch.log.last(MOST_BACK + 1).tolist()
+        length, waiting, _ = branch.seams or (0, 0, None)
+        while waiting > 0 and length < len(branch.log):  # tokens that hold what no program wrote as text
+            waiting -= len(self._prompter.tokenizer.token_bytes(branch.log.at(length)))
+            length += 1
+        count = self.grammars.vocabulary.back_off(ids, len(branch.log) - length)
+        taken = ids[len(ids) - count :]
+        try:  # a grammar is of characters: one that the tokens cut in two cannot be part of it
+            self._prompter.tokenizer.decode_bytes(taken, at_start=False).decode()
+        except UnicodeDecodeError:
+            return []
+        return taken
+
+    def _constraint(self, request: Generate, key: GrammarKey | None, taken: list[int], room: int) -> Constraint | None:
+        vocabulary = self.grammars.vocabulary
+        if request.grammar is not None and key is not None:
+            matcher = self.grammars.find(key)
+            assert matcher is not None, "the engine waits for a grammar before it starts what needs it"
+            budget = min(request.params.max_tokens, room)
+            ignores_eos = request.params.ignore_eos
+            return GrammarConstraint(request.grammar, matcher, vocabulary, budget, ignore_eos=ignores_eos)
+        return PrefixConstraint(vocabulary, taken) if taken else None
 
     def follow_choice(self, branch: Branch, choice_ids: list[int]) -> None:
         """Append the choice that a selection decided for."""
         branch.log.extend(choice_ids)
         branch.tail = self._prompter.tail(at_start=False)
+        branch.set_seam()
 
     def _derive_seed(self, branch: Branch) -> int:
         """A seed for the next draw of a branch, the same whenever the same program runs with the same runtime seed."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Items
 from bough.runtime.branch import Branch, Poison
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
+from bough.runtime.grammar.compiler import GrammarKey
 from bough.runtime.inflight import InFlight
 from bough.runtime.lifecycle import Progress
 from bough.runtime.operation import Operation, failed
@@ -65,6 +66,7 @@ class Engine:
         *,
         epoch: int,
         wire_stats: Callable[[], dict[str, int | float | str]] = dict,
+        on_compiled: Callable[[GrammarKey, RequestError | None], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -74,6 +76,8 @@ class Engine:
         self._in_flight = in_flight
         self._composer = composer
         self._wire_stats = wire_stats
+        self._on_compiled = on_compiled
+        self._compiling: dict[GrammarKey, list[Operation]] = {}
         self._clock = clock
         self._timed: dict[Operation, None] = {}
         self._drains: list[Operation] = []
@@ -251,7 +255,7 @@ class Engine:
                 self._composer.rollback(branch, request)
                 operation.end(Extended(op=request.op, length=len(branch.log)))
             case Generate():
-                self._start(operation, branch, self._composer.generation(operation, branch, request))
+                self._generate(operation, branch, request)
             case Select() | Score():
                 self._start(operation, branch, self._composer.selection(operation, branch, request))
             case Release():
@@ -291,11 +295,46 @@ class Engine:
     def _start(self, operation: Operation, branch: Branch, work: Work) -> None:
         operation.work = work
         branch.current = operation
-        self._in_flight.start(work)
+        if not self._in_flight.start(work):
+            self._complete(work)
+
+    def _generate(self, operation: Operation, branch: Branch, request: Generate) -> None:
+        """Start a generate, or let it wait until its grammar is compiled."""
+        key = self._composer.wanted_grammar(branch, request)
+        if key is not None and self._composer.grammars.find(key) is None:
+            branch.current = operation
+            self._compiling.setdefault(key, []).append(operation)
+            return
+        self._start(operation, branch, self._composer.generation(operation, branch, request))
+
+    def take_compiled(self) -> None:
+        """Start what waited for grammars that are compiled by now."""
+        for key in self._composer.grammars.take_finished():
+            if self._on_compiled is not None:
+                self._on_compiled(key, self._composer.grammars.error_of(key))
+            for operation in self._compiling.pop(key, ()):
+                if operation.progress is Progress.ENDED:
+                    continue
+                branch, request = operation.branch, operation.request
+                assert branch is not None
+                assert isinstance(request, Generate)
+                try:
+                    self._generate(operation, branch, request)
+                except RequestError as error:
+                    self._fail(operation, error)
+                except Exception as error:  # a bug of ours costs this operation, not the loop
+                    log.exception("a generate with a grammar failed")
+                    self._fail(operation, RequestError("internal", f"{type(error).__name__}: {error}"))
+
+    @property
+    def num_compiling(self) -> int:
+        """Operations that wait for a grammar."""
+        return sum(op.progress is not Progress.ENDED for waiting in self._compiling.values() for op in waiting)
 
     def step(self, now: float | None = None) -> bool:
         """Run one step if there is work; True if something ran. now: the time, for deadlines."""
         self.expire(self._clock() if now is None else now)
+        self.take_compiled()
         did_run, ended = self._in_flight.step()
         for end in ended:
             if end.error is not None:
@@ -322,9 +361,12 @@ class Engine:
     def _complete_generation(self, work: Generation) -> None:
         branch = work.operation.branch
         assert branch is not None
+        if work.num_replaced:
+            branch.take_back(work.num_replaced)
         branch.log.extend(work.kept_ids())
         branch.tail.follow_tokens()
         branch.tail.append(work.leftover)
+        branch.set_seam()
         reply, buffers = work.reply(len(branch.log), self._clock())
         self._end(work.operation, branch, lambda: work.operation.end(reply, buffers))
 
@@ -435,7 +477,7 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Operations that run or wait."""
-        return self._num_queued + len(self._in_flight)
+        return self._num_queued + len(self._in_flight) + self.num_compiling
 
     def next_deadline(self) -> float | None:
         """The earliest time, on the engine's clock, at which an operation times out."""

@@ -57,11 +57,16 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._work)
 
-    def start(self, work: Work) -> None:
-        """Hand the work's sequences to the scheduler. Raises RequestError for one that can never fit."""
+    def start(self, work: Work) -> bool:
+        """Hand the work's sequences to the scheduler; False if it is complete without. Raises what `submit` raises."""
+        if isinstance(work, Generation) and work.begin():
+            if work.is_streaming:
+                self._send_delta(work)
+            return False
         for sequence in work.sequences:
             self._work[sequence] = work
             self._scheduler.submit(sequence)
+        return True
 
     def stop(self, work: Work) -> None:
         """Take the work's sequences from the scheduler, wherever they are."""
@@ -146,8 +151,10 @@ class InFlight:
     def _take(self, work: Work, outcome: Outcome) -> bool:
         """Take an outcome in; True if the work is complete."""
         now = self._clock()
+        if outcome.error is not None:
+            raise outcome.error
         if isinstance(work, Generation):
-            is_complete = work.take(outcome.result, now)
+            is_complete = work.take(outcome.result, outcome.tokens, now)
             if work.is_streaming:
                 self._send_delta(work)
             return is_complete

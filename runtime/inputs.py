@@ -167,7 +167,8 @@ def is_decode(row: Row) -> bool:
     A prompt's last token is prefill even when it comes alone, so that a prompt gives the same bits however much of it
     was cached or however it was cut into chunks.
     """
-    return len(row.token_ids) == 1 and row.sample is not None and len(row.sample.generated) > 0
+    sample = row.sample
+    return len(row.token_ids) == 1 and sample is not None and len(sample.generated) > 0 and not sample.is_forced
 
 
 def _indptr(lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

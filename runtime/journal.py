@@ -6,6 +6,7 @@ A stream of MessagePack arrays, one per event, in the order they took effect::
     ["hello", t, identity, namespace, client]      ["drop", t, identity]      ["drain", t]
     ["request", t, identity, [frames]]             as received, without the identity frame
     ["tick", t]                                    deadlines were looked at
+    ["compiled", [kind, source, before], error]    a grammar was compiled, or refused: null or [kind, message]
     ["step", plan digest, [result of each row]]    token, logprob, top, scores
 
 It holds prompts and results: it is written only when asked for, with mode 0600, and appended to, never rewritten.
@@ -26,6 +27,7 @@ import numpy as np
 
 from bough.runtime.batch import Batch, RowResult
 from bough.runtime.config import RuntimeConfig
+from bough.runtime.grammar.compiler import GrammarKey
 from bough.runtime.inflight import Executor
 from bough.runtime.protocol import RequestError
 
@@ -60,6 +62,10 @@ class Journal:
 
     def tick(self, now: float) -> None:
         self._write(["tick", now])
+
+    def compiled(self, key: GrammarKey, error: RequestError | None) -> None:
+        refusal = None if error is None else [error.kind, error.message]
+        self._write(["compiled", [key.kind, key.source, key.before], refusal])
 
     def step(self, batch: Batch, results: Sequence[RowResult]) -> None:
         self._write(["step", plan_digest(batch), [_packed(result) for result in results]])

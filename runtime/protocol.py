@@ -497,7 +497,8 @@ class Generated(_Message, frozen=True, tag="generated"):
 
     `leftover` is the end of the text that is in no token of the buffer, where a stop string cut a token in two: the
     branch tokenises it with what is appended next. `replaced` tokens at the end of the branch gave way to the first of
-    the buffer, which begin with their text (token healing); `text` is what is new.
+    the buffer, which begin with their text (token healing); `text` is what is new. Tokens that were drawn
+    again as they were are neither counted nor in the buffer.
 
     is_whole: False if a grammar was given and the text only begins to match it. captures: by name, the text that the
     grammar's captures matched, a list of texts where one matched several times.

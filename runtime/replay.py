@@ -19,6 +19,8 @@ from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
+from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
+from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.inflight import Executor, InFlight
 from bough.runtime.journal import plan_digest, read_events, unpacked
 from bough.runtime.models.folder import resolve_model
@@ -110,8 +112,11 @@ class Replay:
             policy=config.schedule_policy,
             clock=self._clock,
         )
+        prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), start["model"])
+        self._grammars = GrammarCompiler(Vocabulary(prompter.tokenizer, start["vocab_size"]), is_deferred=True)
         composer = Composer(
-            Prompter(load_tokenizer(folder), load_chat_template(folder), start["model"]),
+            prompter,
+            grammars=self._grammars,
             vocab_size=start["vocab_size"],
             context_len=start["context_len"],
             seed=start["seed"],
@@ -122,6 +127,11 @@ class Replay:
 
     def apply(self, event: Event) -> None:
         """Carry out one event other than a step."""
+        if event[0] == "compiled":
+            _, key, refusal = event
+            self._grammars.complete(GrammarKey(*key), None if refusal is None else RequestError(*refusal))
+            self.engine.take_compiled()
+            return
         kind, self._clock.now = event[0], event[1]
         match kind:
             case "hello":

@@ -18,6 +18,7 @@ from bough.kernels.attention import Attention, Implementation, choose_attention
 from bough.runtime import sampler
 from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 from bough.runtime.cache.kv_pool import KVPool
+from bough.runtime.grammar.masks import Masks
 from bough.runtime.inputs import StepInputs, build_inputs
 from bough.runtime.models.config import ModelConfig
 from bough.runtime.models.llama import Llama
@@ -62,6 +63,7 @@ class Runner:
         self.attention = attention or attention_of(model.config, dtype, device)
         self.exact = exact or self.attention.implementation == "native"
         self._token_by_token = exact and self.attention.implementation != "native"
+        self._masks = Masks()
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -106,7 +108,9 @@ class Runner:
         requests = [request for row in batch.rows if (request := row.sample) is not None]
         if not requests:
             return {}
-        return dict(zip(inputs.sample_rows, sampler.sample(self.model.logits(hidden), requests), strict=True))
+        return dict(
+            zip(inputs.sample_rows, sampler.sample(self.model.logits(hidden), requests, self._masks), strict=True)
+        )
 
     def _score(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, npt.NDArray[np.float64]]:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]

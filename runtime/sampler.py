@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bough.runtime.batch import IntArray, SampleRequest
+from bough.runtime.grammar.masks import Masks
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.rng import uniforms
 
@@ -33,10 +34,13 @@ class Draw:
     top: tuple[tuple[float, int], ...] = ()
 
 
-def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Draw]:
+def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks | None = None) -> list[Draw]:
     """Draw one token per row. logits: (num_rows, vocab_size) float32, overwritten where a row's logits are modified.
 
-    In this order: repetition penalty, frequency and presence penalties, logit_bias, forbidden ids; temperature; then
+    masks: what fills and applies constraints, where any row has one.
+
+    In this order: repetition penalty, frequency and presence penalties, logit_bias, forbidden ids or constraint;
+    temperature; then
     top-k, top-p and min-p, each judged on the whole distribution and a token must pass all; 0 is greedy and takes the
     lowest of equally likely ids. Raises FloatingPointError naming the row if logits are not finite, or if no token is
     left to draw.
@@ -47,6 +51,8 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[Draw
     for i, request in enumerate(requests):
         if _is_modified(request):
             _modify(logits[i], request)
+    if masks is not None:
+        masks.apply(logits, requests)
     tokens: npt.NDArray[np.int64] = logits.numpy().argmax(-1)  # the first of equals, by numpy's promise
     _check_possible(logits, tokens)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
@@ -105,7 +111,7 @@ def _result(token: int, logprobs: torch.Tensor | None, num_top: int | None) -> D
 def _is_modified(request: SampleRequest) -> bool:
     p = request.params
     penalised = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
-    return penalised or bool(p.logit_bias) or bool(request.forbidden)
+    return penalised or bool(p.logit_bias) or (bool(request.forbidden) and request.constraint is None)
 
 
 def _modify(row: torch.Tensor, request: SampleRequest) -> None:
@@ -122,7 +128,7 @@ def _modify(row: torch.Tensor, request: SampleRequest) -> None:
         row[torch.from_numpy(ids.astype(np.int64))] -= torch.from_numpy(penalty.astype(np.float32))
     if p.logit_bias:
         row[torch.tensor(list(p.logit_bias))] += torch.tensor(list(p.logit_bias.values()))
-    if request.forbidden:
+    if request.forbidden and request.constraint is None:
         row[torch.tensor(request.forbidden)] = float("-inf")
 
 

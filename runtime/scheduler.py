@@ -41,10 +41,16 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What a step did for one sequence. `result.token` has already been appended to the sequence."""
+    """What a step did for one sequence.
+
+    tokens: what was appended to it, the token drawn (`result.token`) and those that a grammar forced after it. error:
+    why nothing could be appended.
+    """
 
     sequence: Sequence
     result: RowResult
+    tokens: tuple[int, ...] = ()
+    error: RequestError | None = None
 
 
 @dataclass(slots=True)
@@ -158,12 +164,12 @@ class Scheduler:
         budget = self._token_budget
         num_preempted = self.counters.preemptions
         self._clocks.append(self.cache.tree.clock)
-        for sequence in [s for s in self.running if not s.is_prefilling]:
+        for sequence in [s for s in self.running if not s.is_prefilling or s.is_jumping]:
             if budget and self._can_decode(sequence, rows):
-                rows[sequence] = 1
-                budget -= 1
+                rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
+                budget -= rows[sequence]
         for sequence in self.running:
-            if budget and sequence.is_prefilling and not sequence.is_paused:
+            if budget and sequence.is_prefilling and not sequence.is_paused and sequence not in rows:
                 rows[sequence] = sequence.most_new(budget)
                 budget -= rows[sequence]
         if num_preempted == self.counters.preemptions:
@@ -175,7 +181,7 @@ class Scheduler:
         return Step(batch, tuple(rows))
 
     def _can_decode(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Reserve the slot of the next token, preempting newer sequences if need be."""
+        """Reserve the slots of the tokens appended last, preempting newer sequences if need be."""
         if sequence.is_paused or sequence.status is not Status.RUNNING:
             return False
         assert sequence.lease is not None
@@ -288,14 +294,18 @@ class Scheduler:
         self.running.insert(position, sequence)
 
     def _count_prompt(self, sequence: Sequence) -> None:
-        computed = sequence.goal - sequence.num_computed
         if sequence.num_preemptions:
             self.counters.recomputed_tokens += max(sequence.num_lost - sequence.num_computed, 0)
             return
-        sequence.cached_tokens, sequence.computed_tokens = sequence.num_computed, computed
-        self.counters.prompt_tokens += sequence.goal
-        self.counters.cached_tokens += sequence.num_computed
+        # What a grammar forces after a prompt is none; the choices of a selection count as one.
+        prompt = sequence.goal if sequence.params is None else sequence.prompt_len
+        cached = min(sequence.num_computed, prompt)
+        computed = prompt - cached
+        sequence.cached_tokens, sequence.computed_tokens = cached, computed
+        self.counters.prompt_tokens += prompt
+        self.counters.cached_tokens += cached
         self.counters.computed_tokens += computed
+        self.counters.generated_tokens += sequence.goal - prompt
 
     def _matched_len(self, sequence: Sequence) -> int:
         version, length = self._matched.get(sequence, (-1, 0))
@@ -331,11 +341,18 @@ class Scheduler:
             sequence.num_computed += len(row.token_ids)
             if was_prefilling or sequence.num_computed % self.cache.page_size == 0:
                 self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
-            if result.token is not None:
-                sequence.append(result.token)
-                self.counters.generated_tokens += 1
-            outcomes.append(Outcome(sequence, result))
+            outcomes.append(self._appended(sequence, result))
         return outcomes
+
+    def _appended(self, sequence: Sequence, result: RowResult) -> Outcome:
+        if result.token is None:
+            return Outcome(sequence, result)
+        try:
+            tokens = sequence.append(result.token)
+        except RequestError as error:
+            return Outcome(sequence, result, error=error)
+        self.counters.generated_tokens += len(tokens)
+        return Outcome(sequence, result, tokens)
 
     def rebuild(self) -> None:
         """Start over with an empty cache; what ran is computed again. Tokens are the truth, so nothing is lost."""

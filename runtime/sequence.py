@@ -8,6 +8,7 @@ import numpy as np
 
 from bough.runtime.batch import Row, SampleRequest, TrieShare
 from bough.runtime.cache.prefix_cache import Lease
+from bough.runtime.grammar.constraint import Constraint
 from bough.runtime.lifecycle import Status, moved
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.trie import ROOT, TokenTrie, segments
@@ -32,6 +33,8 @@ class Sequence:
     goal: how many leading tokens must be computed before the sequence draws or is done. prefill_until: below that many
     it is prefilling, what it computes is its prompt or was lost to a preemption; above, it is the token drawn last.
     num_lost: how many tokens were computed when it was preempted last. room: slots for a trie's nodes.
+    constraint: what may be drawn; what it forces at the beginning follows the prompt at once. num_jumped: how many
+    tokens at the end were forced, not drawn.
     """
 
     __slots__ = (
@@ -40,12 +43,14 @@ class Sequence:
         "arrival",
         "cached_tokens",
         "computed_tokens",
+        "constraint",
         "forbidden_early",
         "goal",
         "is_paused",
         "lease",
         "namespace",
         "num_computed",
+        "num_jumped",
         "num_lost",
         "num_preemptions",
         "params",
@@ -67,6 +72,7 @@ class Sequence:
         seed: int = 0,
         trie: TokenTrie | None = None,
         forbidden_early: tuple[int, ...] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         assert (params is None) != (trie is None), "a sequence either generates or scores"
         self.prompt_len = len(tokens)
@@ -77,11 +83,15 @@ class Sequence:
             tokens = np.concatenate([tokens, trie.tokens])
         assert len(tokens) > 0, "a sequence has at least one token"
         self.tokens = IntVector(tokens, capacity=len(tokens) + (min(params.max_tokens, 1024) if params else 0))
+        self.constraint = constraint
+        if constraint is not None:
+            self.tokens.extend(constraint.begin())
+        self.num_jumped = 0 if trie is not None else len(self.tokens) - self.prompt_len
         self.namespace = namespace
         self.params = params
         self.seed = seed
         self.forbidden_early = forbidden_early
-        self.goal = len(tokens)
+        self.goal = len(self.tokens)
         self.prefill_until = self.goal
         self._status = Status.WAITING
         self.lease: Lease | None = None
@@ -146,11 +156,22 @@ class Sequence:
             count = min(count, max(self.prompt_len - self.num_computed, 0) + self.room - kept)
         return count
 
-    def append(self, token: int) -> None:
-        """Append a drawn token."""
-        self.tokens.append(token)
-        self.goal += 1
+    def append(self, token: int) -> tuple[int, ...]:
+        """Append a drawn token and what has to follow it; return them all.
+
+        Raises RequestError, with nothing appended, if a grammar cannot go on.
+        """
+        tokens = [token] if self.constraint is None else self.constraint.advance(token)
+        self.tokens.extend(tokens)
+        self.goal += len(tokens)
         self.prefill_until = self.goal - 1
+        self.num_jumped = len(tokens) - 1
+        return tuple(tokens)
+
+    @property
+    def is_jumping(self) -> bool:
+        """Whether what is to be computed is the token drawn last and those that a grammar forced after it."""
+        return self.num_jumped > 0 and self.num_computed == self.goal - 1 - self.num_jumped
 
     @property
     def generated(self) -> IntArray:
@@ -215,4 +236,6 @@ class Sequence:
             generated=generated,
             prompt=self.tokens.view(0, self.prompt_len if self.params.repetition_penalty != 1.0 else 0),
             forbidden=self.forbidden_early if len(generated) < self.params.min_tokens else (),
+            constraint=None if self.constraint is None or self.constraint.is_free else self.constraint,
+            is_forced=self.num_jumped > 0,
         )

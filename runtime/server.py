@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _IDLE_S = 0.5  # how often an idle loop looks at leases, deadlines and its parent
 _CHECK_S = 10.0  # how often an idle runtime checks its own bookkeeping
+_COMPILING_S = 0.001  # how often an otherwise idle loop looks whether a grammar is compiled
 _BLOCKED_S = 0.005  # how long to wait for messages when there is work that cannot run yet
 
 
@@ -140,6 +141,8 @@ class Server:
             return _BLOCKED_S
         if self._engine.has_work:
             return 0.0 if did_run else _BLOCKED_S
+        if self._engine.num_compiling:
+            return _COMPILING_S
         deadline = self._engine.next_deadline()
         return _IDLE_S if deadline is None else min(max(deadline - self._clock(), 0.0), _IDLE_S)
 

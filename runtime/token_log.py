@@ -60,6 +60,25 @@ class TokenLog:
                 self._sealed_len += len(kept[-1])
         self._sealed = tuple(kept)
 
+    def last(self, count: int) -> IntArray:
+        """Return the last `count` ids, or all if there are fewer. O(count)."""
+        parts: list[IntArray] = []
+        for segment in (*((self._own.view(),) if self._own is not None else ()), *reversed(self._sealed)):
+            if count <= 0:
+                break
+            parts.insert(0, segment[max(len(segment) - count, 0) :])
+            count -= len(parts[0])
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def at(self, index: int) -> int:
+        """Return one id."""
+        for segment in self._sealed:
+            if index < len(segment):
+                return int(segment[index])
+            index -= len(segment)
+        assert self._own is not None, "the index is below the length"
+        return int(self._own.view()[index])
+
     def array(self, *more: Sequence[int] | IntArray) -> IntArray:
         """Return all ids, followed by `more`, as a new int32 array."""
         own = (self._own.view(),) if self._own is not None else ()

@@ -19,6 +19,7 @@ def usage_of(
         cached_tokens=sum(s.cached_tokens for s in sequences),
         computed_tokens=sum(s.computed_tokens for s in sequences),
         completion_tokens=num_drawn,
+        forced_tokens=sum(s.constraint.num_forced for s in sequences if s.constraint is not None),
         queue_ms=_ms(operation, min(admitted) if admitted else now),
         ttft_ms=_ms(operation, now if first_at is None else first_at),
         latency_ms=_ms(operation, now),

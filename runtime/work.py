@@ -5,11 +5,13 @@ Both turn outcomes of the scheduler into text and replies; neither touches socke
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from typing import TypeAlias
 
 import msgspec
 
 from bough.runtime.batch import RowResult
+from bough.runtime.grammar.matching import GrammarConstraint
 from bough.runtime.operation import Operation
 from bough.runtime.protocol import (
     Delta,
@@ -31,11 +33,17 @@ class Generation:
     """One generate in flight: its sequence, the text so far, and when it is enough.
 
     kept: how many drawn tokens the branch keeps; leftover: text after them that goes back to the branch's tail, when
-    a stop string cut a token in two.
+    a stop string cut a token in two. taken: ids at the branch's end that are drawn again (token healing).
     """
 
     def __init__(
-        self, operation: Operation, request: Generate, sequence: Sequence, tokenizer: Tokenizer, context_len: int
+        self,
+        operation: Operation,
+        request: Generate,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        context_len: int,
+        taken: Items[int] = (),
     ) -> None:
         self.operation = operation
         self.sequences: tuple[Sequence, ...] = (sequence,)
@@ -50,31 +58,58 @@ class Generation:
         self._sequence = sequence
         self._tokenizer = tokenizer
         self._context_len = context_len
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._taken = list(taken)
+        self._decoder = IncrementalDecoder(tokenizer, skip_bytes=self._num_bytes(taken))
+        self._grammar = sequence.constraint if isinstance(sequence.constraint, GrammarConstraint) else None
         self._matcher = (
             StopMatcher(request.params.stop, request.params.stop_regex)
             if request.params.stop or request.params.stop_regex
             else None
         )
         self._stop_ids = frozenset(request.params.stop_token_ids)
-        self._eos_ids = frozenset() if request.params.ignore_eos else frozenset(tokenizer.eos_ids)
+        # With a grammar, the end is allowed only where the text is whole.
+        ignores_eos = request.params.ignore_eos and self._grammar is None
+        self._eos_ids = frozenset() if ignores_eos else frozenset(tokenizer.eos_ids)
         self._logprobs: list[TokenLogprob] = []
         self._first_token_at: float | None = None
         self._num_drawn = 0
+        self._num_same = 0  # tokens drawn before them, the very ones that were taken off
         self._sent_chars = 0
         self._unsent_ids: list[int] = []
         self._sent_logprobs = 0
 
-    def take(self, result: RowResult, now: float) -> bool:
-        """Take the outcome of a step in; True if the generation is complete."""
-        if result.token is None:
+    def begin(self) -> bool:
+        """Take in what a grammar forces at the very beginning; True if the generation is complete with it."""
+        return self._take_all(self._sequence.generated.tolist(), None)
+
+    def take(self, result: RowResult, tokens: Items[int], now: float) -> bool:
+        """Take the outcome of a step in: the token drawn and what it forced. True if the generation is complete."""
+        if not tokens:
             return False
-        token = result.token
         if self._first_token_at is None:
             self._first_token_at = now
+        return self._take_all(tokens, result)
+
+    def _take_all(self, tokens: Items[int], result: RowResult | None) -> bool:
+        for index, token in enumerate(tokens):
+            if self._num_same == self.kept < len(self._taken) and token == self._taken[self.kept]:
+                self._num_same += 1
+                self.kept += 1
+                self._decoder.feed(token)
+                continue
+            if self._params.logprobs is not None:
+                is_drawn = index == 0 and result is not None and result.token == token
+                self._logprobs.append(self._logprob(token, result if is_drawn else None))
+            if self._take_one(token):
+                return True
+        if self._grammar is None or not self._grammar.is_ended:
+            return False
+        self.text += self._decoder.finish()
+        self.finish_reason = "length" if self._grammar.is_closed else "stop"
+        return True
+
+    def _take_one(self, token: int) -> bool:
         self._num_drawn += 1
-        if self._params.logprobs is not None:
-            self._logprobs.append(self._logprob(token, result))
         if token in self._eos_ids or token in self._stop_ids:
             self.text += self._decoder.finish()
             self.finish_reason, self.matched_stop = "stop", token
@@ -98,7 +133,7 @@ class Generation:
     def _stopped_by_length(self) -> bool:
         if self._num_drawn >= self._params.max_tokens:
             self.finish_reason = "length"
-        elif len(self._sequence.tokens) >= self._context_len:
+        elif self._sequence.prompt_len + self._num_same + self._num_drawn >= self._context_len:
             self.finish_reason = "context"
         else:
             return False
@@ -123,6 +158,7 @@ class Generation:
     def reply(self, length: int, now: float) -> tuple[Generated, list[bytes]]:
         """Return the terminal reply; `length` is the branch's new length in tokens."""
         assert self.finish_reason is not None
+        is_whole, captures = self._judged()
         reply = Generated(
             op=self.operation.id,
             text=self.text,
@@ -133,8 +169,27 @@ class Generation:
             matched_stop=self.matched_stop,
             logprobs=self._logprobs if self._params.logprobs is not None else None,
             leftover=self.leftover,
+            replaced=self.num_replaced,
+            is_whole=is_whole,
+            captures=captures,
         )
         return reply, [encode_tokens(self.kept_ids())]
+
+    def _judged(self) -> tuple[bool, dict[str, str | list[str]]]:
+        """Whether what is kept matches the grammar as a whole, and what its captures matched."""
+        if self._grammar is None:
+            return True, {}
+        there = self._taken[: len(self._taken) - self.num_replaced]
+        is_whole, found = self._grammar.judged([*there, *self.kept_ids()], self.leftover)
+        texts: dict[str, list[str]] = {}
+        for name, raw in found:
+            texts.setdefault(name, []).append(raw.decode("utf-8", "replace"))
+        return is_whole, {name: values[0] if len(values) == 1 else values for name, values in texts.items()}
+
+    @property
+    def num_replaced(self) -> int:
+        """How many tokens at the branch's end give way to the first of `kept_ids`."""
+        return len(self._taken) - self._num_same if self.kept_ids() else 0
 
     def partial(self, now: float) -> dict[str, int | float | str]:
         """What the reply says of a generation that fails: the text so far, and the fields of `Usage`."""
@@ -142,11 +197,18 @@ class Generation:
         return {"partial_text": self.text, **msgspec.structs.asdict(usage)}
 
     def kept_ids(self) -> list[int]:
-        """The drawn ids that become part of the branch."""
-        ids: list[int] = self._sequence.generated[: self.kept].tolist()
+        """The drawn ids that become part of the branch; without those drawn again that it has already."""
+        ids: list[int] = self._sequence.generated[self._num_same : max(self.kept, self._num_same)].tolist()
+        if self._taken and self._num_bytes(ids) < self._num_bytes(self._taken[self._num_same :]):
+            return []  # cut before all that was taken off came again: the branch stays as it was
         return ids
 
-    def _logprob(self, token: int, result: RowResult) -> TokenLogprob:
+    def _num_bytes(self, ids: Items[int]) -> int:
+        return sum(len(self._tokenizer.token_bytes(token)) for token in ids)
+
+    def _logprob(self, token: int, result: RowResult | None) -> TokenLogprob:
+        if result is None:  # forced: nothing else was possible
+            return TokenLogprob(0.0, token, self._tokenizer.decode([token]))
         assert result.logprob is not None, "log-probabilities were asked for"
         top = [(value, other, self._tokenizer.decode([other])) for value, other in result.top]
         return TokenLogprob(result.logprob, token, self._tokenizer.decode([token]), top)

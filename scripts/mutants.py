@@ -212,7 +212,7 @@ MUTANTS = (
         "a hit is counted as computed",
         SCHEDULER,
         "self.counters.computed_tokens += computed",
-        "self.counters.computed_tokens += sequence.goal",
+        "self.counters.computed_tokens += prompt",
     ),
     Mutant(
         "a preempted prompt is counted twice",

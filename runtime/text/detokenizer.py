@@ -16,6 +16,7 @@ class IncrementalDecoder:
     """Decodes one growing list of token ids. The texts returned, joined, are `tokenizer.decode` of all ids.
 
     skip_special: special tokens add no text. at_start: see `Tokenizer.decode`; generated tokens follow others.
+    skip_bytes: how much of the beginning is no part of the text (healed tokens begin with what was there before).
     """
 
     __slots__ = (
@@ -26,13 +27,17 @@ class IncrementalDecoder:
         "_num_tokens",
         "_pieces",
         "_skip",
+        "_skip_bytes",
         "_tokenizer",
         "_utf8",
     )
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, at_start: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = True, at_start: bool = False, skip_bytes: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special
+        self._skip_bytes = skip_bytes
         self._drop_space = at_start and tokenizer.drops_first_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._pieces: list[str] = []
@@ -62,6 +67,8 @@ class IncrementalDecoder:
         elif self._drop_space and raw:
             self._drop_space = False
             raw = raw[1:] if raw.startswith(b" ") else raw
+        if self._skip_bytes:
+            raw, self._skip_bytes = raw[self._skip_bytes :], max(self._skip_bytes - len(raw), 0)
         return self._take(self._utf8.decode(raw))
 
     def finish(self) -> str:

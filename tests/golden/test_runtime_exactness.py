@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from processes import within
 from tiny_checkpoints import VARIANTS, Oracle, tiny_checkpoint
+from unhealed import Unhealed
 
 import bough as bo
 
@@ -26,10 +27,11 @@ class Case:
 
     def __init__(self, runtime: bo.Runtime, oracle: Oracle) -> None:
         self.runtime = runtime
+        self.backend = Unhealed(runtime)
         self.oracle = oracle
 
     def run(self, prompt: str, num_new: int = NUM_NEW) -> bo.State:
-        return continued.run(prompt, backend=self.runtime, max_tokens=num_new, ignore_eos=True)
+        return continued.run(prompt, backend=self.backend, max_tokens=num_new, ignore_eos=True)
 
     def expected(self, prompt: str) -> list[int]:
         return self.oracle.greedy(self.oracle.ids(prompt), NUM_NEW)
@@ -74,7 +76,7 @@ def test_one_run_gives_transformers_tokens(case: Case, prompt: str) -> None:
 
 def test_different_prompts_at_once_give_transformers_tokens(case: Case) -> None:
     states = continued.run_batch(
-        [{"prompt": prompt} for prompt in PROMPTS], backend=case.runtime, max_tokens=NUM_NEW, ignore_eos=True
+        [{"prompt": prompt} for prompt in PROMPTS], backend=case.backend, max_tokens=NUM_NEW, ignore_eos=True
     )
     assert [ids_of(state) for state in states] == [case.expected(prompt) for prompt in PROMPTS]
 
@@ -107,7 +109,7 @@ def test_forks_compute_nothing_but_their_own_text(case: Case) -> None:
         forks += bo.gen("new", temperature=0)
         forks.join()
 
-    state = tree.run(backend=case.runtime, max_tokens=NUM_NEW, ignore_eos=True)
+    state = tree.run(backend=case.backend, max_tokens=NUM_NEW, ignore_eos=True)
     trunk = case.oracle.ids(LONG) + ids_of(state, "trunk")
     metas = within(60, lambda: state.get_meta_info("new"))
     for suffix, meta in zip(suffixes, metas, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bough.runtime.batch import Batch, Row, RowResult
+from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 
 FREED = -1  # what a slot holds that nobody wrote
 
@@ -21,6 +21,16 @@ def next_token(ids: Sequence[int], vocab_size: int) -> int:
 def logprob(ids: Sequence[int], token: int) -> float:
     """The fake model's log-probability of `token` after `ids`."""
     return -1.0 - next_token([*ids, token], 1000) / 1000
+
+
+def allowed_ids(request: SampleRequest, vocab_size: int) -> list[int]:
+    """The ids that a row's constraint lets through."""
+    assert request.constraint is not None
+    words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+    request.constraint.fill(words, request.forbidden)
+    allowed: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+    assert allowed, "a constraint that lets nothing through is an end"
+    return allowed
 
 
 class FakeRunner:
@@ -93,7 +103,10 @@ class FakeRunner:
             return RowResult(score_logprobs=scores)
         assert row.sample.position == stop
         token = next_token(ids, self.vocab_size)
-        if token in row.sample.forbidden:
+        if row.sample.constraint is not None:
+            allowed = allowed_ids(row.sample, self.vocab_size)
+            token = allowed[token % len(allowed)]
+        elif token in row.sample.forbidden:
             token = next_token([*ids, token], self.vocab_size)
         has_logprob = row.sample.params.logprobs is not None
         return RowResult(token=token, logprob=-0.5 if has_logprob else None, score_logprobs=scores)
