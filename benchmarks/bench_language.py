@@ -4,6 +4,8 @@ gen          a program of one text and one gen on `ScriptedBackend`, and the sam
              difference is the language's own
 fork         fork(16) and join on `ScriptedBackend`: nothing in the branches; and a gen in each, with its primitives
              by hand beside it
+loop         the same program awaited on an event loop, `async def` and not; and 2,500 programs with a trunk and three
+             forks each, all waiting at once on one loop: time and memory per branch, and threads
 wire         bytes and text characters that a program of 50 gens and 6,150 new characters sends to a real runtime
 threads      OS threads of the client's process while 200 programs with a fork of 8 each run on a real runtime: started
              one after the other without waiting, and by `run_batch` with its default
@@ -15,6 +17,7 @@ start        `Runtime()` with the bundled model until it serves, and its shutdow
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -52,6 +55,29 @@ def fork_and_join(s: bo.State, gens: bool) -> None:
             f += f"{index}. "
             f += bo.gen("x", max_tokens=4)
     forks.join()
+
+
+@bo.function
+async def one_gen_async(s: bo.State) -> None:
+    s += "Say something: "
+    s += bo.gen("x", max_tokens=4)
+    await s.get("x")
+
+
+@bo.function
+def one_gen_read(s: bo.State) -> None:
+    s += "Say something: "
+    s += bo.gen("x", max_tokens=4)
+    s["x"]
+
+
+@bo.function
+def trunk_and_forks(s: bo.State, number: int) -> None:
+    s += f"Question {number}: " + bo.gen("plan")
+    forks = s.fork(3)
+    forks += f"{s['plan']}: " + bo.gen("x")
+    forks.join()
+    s["x"]
 
 
 @bo.function
@@ -105,6 +131,56 @@ def on_script(reps: int) -> dict[str, Summary]:
     return {name: Summary.of(many) for name, many in times.items()}
 
 
+def on_loop(reps: int) -> dict[str, Summary]:
+    """Microseconds per program that is awaited on an event loop, on a backend that costs next to nothing."""
+    backend = bo.ScriptedBackend(lambda prompt, params: "yes")
+
+    async def measured(program: bo.Program) -> float:
+        begin = time.perf_counter()
+        for _ in range(20):
+            await program.arun(backend=backend)
+        return (time.perf_counter() - begin) / 20 * 1e6
+
+    cases = {"one gen, awaited, def": one_gen_read, "one gen, awaited, async def": one_gen_async}
+    runs = {name: partial(lambda program: asyncio.run(measured(program)), program) for name, program in cases.items()}
+    return {name: Summary.of(times) for name, times in harness.interleaved(runs, reps, warm_up=2).items()}
+
+
+def live_branches(programs: int) -> dict[str, float]:
+    """What many branches cost that wait at once on one event loop, and how many threads there are then."""
+    backend = bo.ScriptedBackend(lambda prompt, params: "yes")
+    found: dict[str, float] = {"branches": 0, "threads": 0, "kb": 0}
+
+    async def main() -> None:
+        memory = resident_kb()
+        with backend.paused():
+            runs = [asyncio.ensure_future(trunk_and_forks.arun(index, backend=backend)) for index in range(programs)]
+            while not all(run.done() for run in runs):
+                await asyncio.sleep(0)
+                found["branches"] = max(found["branches"], float(backend.stats()["num_branches"]))
+                found["threads"] = max(found["threads"], num_threads())
+                found["kb"] = max(found["kb"], resident_kb() - memory)
+                backend.step(None)
+
+    before, begin = num_threads(), time.perf_counter()
+    asyncio.run(main())
+    seconds = time.perf_counter() - begin
+    return {
+        "programs": programs,
+        "branches_at_once": found["branches"],
+        "us_per_branch": seconds / found["branches"] * 1e6,
+        "kb_per_branch": found["kb"] / found["branches"],
+        "threads_more": found["threads"] - before,
+    }
+
+
+def resident_kb() -> int:
+    """Return the resident memory of this process in KB, or 0 where that cannot be told."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return int(next((line.split()[1] for line in lines if line.startswith("VmRSS:")), "0"))
+
+
 def wire(runtime: bo.Runtime) -> dict[str, float]:
     """Bytes that a program of 50 gens sends and receives."""
     fact = (
@@ -150,7 +226,8 @@ def main() -> None:
     environment = harness.environment()
     reps = options.reps or (10 if options.quick else 100)
     few = 2 if options.quick else 7
-    script = on_script(reps)
+    script = {**on_script(reps), **on_loop(reps)}
+    live = live_branches(250 if options.quick else 2500)
     with bo.Runtime(seed=1) as runtime:
         sent, counted = wire(runtime), threads(runtime, 20 if options.quick else 200)
     imports = harness.interleaved({"import bough": import_ms}, few)
@@ -160,9 +237,18 @@ def main() -> None:
         "Runtime() until it serves, s": Summary.of(start for start, _ in starts),
         "shutdown, s": Summary.of(stop for _, stop in starts),
     }
-    aims = {"one gen": "< 100", "fork(16) + join": "< 300"}
+    aims = {
+        "one gen": "< 100",
+        "one gen, awaited, def": "< 100",
+        "one gen, awaited, async def": "< 100",
+        "fork(16) + join": "< 300",
+    }
     tables = [
         harness.table(("on ScriptedBackend", "µs", "aim"), [(k, v, aims.get(k, "")) for k, v in script.items()]),
+        harness.table(
+            ("one loop", "branches at once", "µs per branch", "KB per branch", "threads more"),
+            [(f"{live['programs']} programs × (trunk, 3 forks)", *map(harness.short, list(live.values())[1:]))],  # noqa: RUF001
+        ),
         harness.table(
             (f"program of {NUM_GENS} gens", "new characters", "bytes sent", "per new character", "bytes received"),
             [
@@ -178,7 +264,7 @@ def main() -> None:
         ),
         harness.table(("process", "time"), list(times.items())),
     ]
-    results: dict[str, Any] = {"script": script, "wire": sent, "threads": counted, "process": times}
+    results: dict[str, Any] = {"script": script, "loop": live, "wire": sent, "threads": counted, "process": times}
     harness.report("bench_language", options, environment, results, tables)
 
 
