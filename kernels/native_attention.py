@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,12 +18,12 @@ import torch
 
 from bough.kernels import reference
 from bough.kernels.layout import PagedLayout
+from bough.kernels.native_library import LANES, native_library
 from bough.kernels.units import Units, plan_units
 
 log = logging.getLogger(__name__)
 
 _MAX_HEAD_DIM: Final = 256
-_LANES: Final = 16
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
@@ -56,7 +55,7 @@ class Plan:
 
 def works(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the compiled attention is there, can do these shapes and agrees with the definition on a small step."""
-    if head_dim % _LANES or not 0 < head_dim <= _MAX_HEAD_DIM or dtype not in _DTYPES or _library() is None:
+    if head_dim % LANES or not 0 < head_dim <= _MAX_HEAD_DIM or dtype not in _DTYPES or native_library() is None:
         return False
     agrees = _agrees(num_heads, num_kv_heads, head_dim, dtype)
     if not agrees:
@@ -84,7 +83,7 @@ def make_plan(layout: PagedLayout, num_heads: int, num_kv_heads: int, head_dim: 
 
 def run(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
     """Compute one layer's attention; arguments as in `attention.paged_attention`."""
-    library = _library()
+    library = native_library()
     assert library is not None, "a plan is made where the library is"
     assert q.shape == plan.acc.shape, "the queries are those of the plan"
     assert all(x.is_contiguous() for x in (q, k_pages, v_pages)), "arrays are read in place"
@@ -95,23 +94,6 @@ def run(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Pla
     args.is_bf16, args.scale = q.dtype == torch.bfloat16, scale
     library.bough_attention(ctypes.byref(args))
     return out
-
-
-@functools.cache
-def _library() -> Any:
-    """Return the compiled library, or None if it was not built or cannot be loaded."""
-    spec = importlib.util.find_spec("bough.kernels._native")
-    if spec is None or spec.origin is None:
-        log.info("attention runs in PyTorch: the compiled library was not built")
-        return None
-    try:
-        library = ctypes.CDLL(spec.origin)
-        library.bough_attention.restype = None
-        library.bough_attention.argtypes = (ctypes.POINTER(_Args),)
-    except (OSError, AttributeError) as error:
-        log.warning("attention runs in PyTorch: %s", error)
-        return None
-    return library
 
 
 @functools.cache

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from bough.kernels.attention import paged_attention, store_kv
+from bough.kernels.attention import Plan, paged_attention
+from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import StepInputs
 from bough.runtime.models.config import ModelConfig
-from bough.runtime.models.layers import Linear, LinearPlan, RMSNorm, gated_silu, plan_linear
-from bough.runtime.models.rope import RopeTable, rotate
+from bough.runtime.models.layers import Linear, LinearPlan, plan_linear
+from bough.runtime.models.rope import RopeTable
 from bough.runtime.models.weights import Weights
 
 
@@ -22,6 +25,7 @@ class Llama:
         self._embedding = weights.take("model.embed_tokens.weight")
         self._layers = [build.layer(index) for index in range(config.num_layers)]
         self._norm = build.norm("model.norm")
+        self._rows = build.rows
         self._head = build.head(self._embedding)
         self._rope = RopeTable(config.rope, config.head_dim)
 
@@ -31,62 +35,58 @@ class Llama:
         Returns the final, normalised hidden states of the tokens `inputs.wanted`: (num_wanted, hidden_size).
         """
         x = self._embedding.index_select(0, inputs.token_ids)
-        cos, sin = self._rope.lookup(inputs.positions, inputs.end_position)
+        rotation = Rotation(*self._rope.lookup(inputs.positions, inputs.end_position), inputs.slots)
+        delta: torch.Tensor | None = None
         for layer, k_pages, v_pages in zip(self._layers, pool.k, pool.v, strict=True):
-            x = layer.forward(x, cos, sin, inputs, k_pages, v_pages)
-        return self._norm(x.index_select(0, inputs.wanted))
+            x, delta = layer.forward(x, delta, rotation, inputs.attention, k_pages, v_pages)
+        assert delta is not None, "a model has layers"
+        wanted = (x.index_select(0, inputs.wanted), delta.index_select(0, inputs.wanted))
+        return self._rows.add_norm(*wanted, self._norm, self.config.rms_eps)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (num_rows, vocab_size) float32 logits of hidden states (num_rows, hidden_size)."""
         return self._head(hidden).float()
 
 
+class _LayerWeights(NamedTuple):
+    """One decoder layer's weights; norms (hidden_size,) before attention and before the MLP."""
+
+    norms: tuple[torch.Tensor, torch.Tensor]
+    qkv: Linear
+    head_norms: HeadNorms | None
+    out: Linear
+    gate_up: Linear
+    down: Linear
+
+
 class _Layer:
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        norms: tuple[RMSNorm, RMSNorm],
-        qkv: Linear,
-        head_norms: tuple[RMSNorm, RMSNorm] | None,
-        out: Linear,
-        gate_up: Linear,
-        down: Linear,
-    ) -> None:
-        self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    def __init__(self, config: ModelConfig, weights: _LayerWeights, rows: RowOps) -> None:
+        self._eps = config.rms_eps
         self._scale = config.head_dim**-0.5
-        self._norms, self._qkv, self._head_norms = norms, qkv, head_norms
-        self._out, self._gate_up, self._down = out, gate_up, down
+        self._weights = weights
+        self._rows = rows
 
     def forward(
         self,
         x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        inputs: StepInputs,
+        delta: torch.Tensor | None,
+        rotation: Rotation,
+        plan: Plan,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the layer's output (num_tokens, hidden_size); writes the tokens' KV into the pages."""
-        q, k, v = self._project(self._norms[0](x), cos, sin)
-        store_kv(k, v, k_pages, v_pages, inputs.slots)
-        attended = paged_attention(q, k_pages, v_pages, inputs.attention, self._scale)
-        x = x + self._out(attended.flatten(1))
-        return x + self._down(gated_silu(self._gate_up(self._norms[1](x))))
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (x, delta), whose sum (num_tokens, hidden_size) is the layer's output; its input is likewise a sum.
 
-    def _project(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return q, k (rotated) and v as (num_tokens, heads, head_dim)."""
-        num_heads, num_kv_heads, head_dim = self._heads
-        heads = self._qkv(x).view(len(x), num_heads + 2 * num_kv_heads, head_dim)
-        turned, v = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], dim=1)
-        if self._head_norms is not None:
-            q, k = torch.split(turned, [num_heads, num_kv_heads], dim=1)
-            turned = torch.cat([self._head_norms[0](q), self._head_norms[1](k)], dim=1)
-        q, k = torch.split(rotate(turned, cos, sin), [num_heads, num_kv_heads], dim=1)
-        return q.contiguous(), k, v
+        The sum is left to the next norm, which reads it anyway. Writes the tokens' KV into the pages.
+        """
+        w, rows, eps = self._weights, self._rows, self._eps
+        x, normed = rows.add_norm(x, delta, w.norms[0], eps)
+        q = rows.split_rotate_store(w.qkv(normed), k_pages, v_pages, rotation, w.head_norms, eps)
+        attended = paged_attention(q, k_pages, v_pages, plan, self._scale)
+        x, normed = rows.add_norm(x, w.out(attended.flatten(1)), w.norms[1], eps)
+        return x, w.down(rows.gated_silu(w.gate_up(normed)))
 
 
 class _Builder:
@@ -96,23 +96,27 @@ class _Builder:
         self._config = config
         self._weights = weights
         self._plans: dict[tuple[int, int], LinearPlan] = {}
+        sizes = (config.hidden_size, config.mlp_size)
+        self.rows = choose_rows(sizes, config.head_dim, weights.dtype)
 
     def layer(self, index: int) -> _Layer:
         prefix = f"model.layers.{index}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         has_head_norms = self._config.qk_norm
-        return _Layer(
-            self._config,
-            (self.norm(f"{prefix}input_layernorm"), self.norm(f"{prefix}post_attention_layernorm")),
-            self._linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
-            (self.norm(f"{attention}q_norm"), self.norm(f"{attention}k_norm")) if has_head_norms else None,
-            self._linear(f"{attention}o_proj"),
-            self._linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
-            self._linear(f"{mlp}down_proj"),
+        weights = _LayerWeights(
+            norms=(self.norm(f"{prefix}input_layernorm"), self.norm(f"{prefix}post_attention_layernorm")),
+            qkv=self._linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+            head_norms=HeadNorms(self.norm(f"{attention}q_norm"), self.norm(f"{attention}k_norm"))
+            if has_head_norms
+            else None,
+            out=self._linear(f"{attention}o_proj"),
+            gate_up=self._linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
+            down=self._linear(f"{mlp}down_proj"),
         )
+        return _Layer(self._config, weights, self.rows)
 
-    def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self._weights.take(f"{name}.weight"), self._config.rms_eps)
+    def norm(self, name: str) -> torch.Tensor:
+        return self._weights.take(f"{name}.weight").contiguous()
 
     def head(self, embedding: torch.Tensor) -> Linear:
         weight = embedding if self._config.tie_embeddings else self._weights.take("lm_head.weight")

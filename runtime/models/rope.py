@@ -69,23 +69,13 @@ class RopeTable:
         self._cos = self._sin = torch.empty(0, head_dim // 2)
 
     def lookup(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin, each (num_tokens, 1, head_dim / 2) float32, of int64 `positions`, all below `end`."""
+        """Return cos and sin, each (num_tokens, head_dim / 2) float32, of int64 `positions`, all below `end`."""
         if end > len(self._cos):
             self._grow(-(-end // _GROWTH) * _GROWTH)
-        return self._cos.index_select(0, positions).unsqueeze(1), self._sin.index_select(0, positions).unsqueeze(1)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _grow(self, end: int) -> None:
         positions = torch.arange(len(self._cos), end, dtype=torch.float32)
         angles = torch.outer(positions, self._frequencies).double()
         self._cos = torch.cat([self._cos, angles.cos().float() * self._scale])
         self._sin = torch.cat([self._sin, angles.sin().float() * self._scale])
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel pairs (i, i + head_dim / 2) of `heads` (num_tokens, num_heads, head_dim), any dtype.
-
-    Computed in float32, returned in the dtype given: products and sums round one by one, so the result of a token
-    does not depend on its neighbours.
-    """
-    first, second = heads.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 
 import numpy as np
@@ -34,12 +35,16 @@ def expected_tokens(variant: str, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers_within_1e_4(variant: str) -> None:
+def test_logits_are_as_near_to_the_exact_ones_as_those_of_transformers(variant: str) -> None:
+    """Transformers in float64; logits are up to 20 here, so that float32 is off by 2e-4 at worst."""
     ids = random_ids(200, seed=0)
+    tokens = torch.tensor(ids[None].astype(np.int64))
     with torch.inference_mode():
-        expected = oracle(variant)(torch.tensor(ids[None].astype(np.int64))).logits[0]
+        theirs = oracle(variant)(tokens).logits[0]
+        exact = deepcopy(oracle(variant)).double()(tokens).logits[0]
     (text,) = texts(runner(variant), [ids])
-    torch.testing.assert_close(logits(runner(variant), text.row(16)), expected, atol=1e-4, rtol=0)
+    ours = logits(runner(variant), text.row(16))
+    assert float((ours - exact).abs().max()) <= max(1e-4, 1.5 * float((theirs - exact).abs().max()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
