@@ -30,13 +30,22 @@ _SPENT: Final = ("prompt_tokens", "cached_tokens")
 
 @dataclass
 class Call:
-    """One gen or select, on the client's clock. prompts: the ids of what was asked (a select asks once per choice)."""
+    """One gen or select, on the client's clock. prompts: the ids of what was asked (a select asks once per choice).
+
+    num_given: of how many tokens the runtime's prompt was; a select's shares what its choices do, and names it once.
+    """
 
     asked_at: float
     prompts: list[list[int]]
     token_times: list[float] = field(default_factory=list)
     answer: list[int] = field(default_factory=list)
     cached_tokens: int = 0
+    num_given: int = 0
+
+
+def _num_different(rows: Sequence[list[int]]) -> int:
+    """Return how many tokens are left of some rows where those that begin alike share their beginning."""
+    return len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
 
 
 @dataclass
@@ -48,7 +57,7 @@ class Run:
     calls: list[Call]
 
     def __post_init__(self) -> None:
-        self.prompt_tokens = sum(len(prompt) for call in self.calls for prompt in call.prompts)
+        self.prompt_tokens = sum(call.num_given or sum(map(len, call.prompts)) for call in self.calls)
         self.cached_tokens = sum(call.cached_tokens for call in self.calls)
 
     def figures(self) -> dict[str, float]:
@@ -135,6 +144,7 @@ class Bough:
                     calls.append(Call(asked_at, [ids + token_ids(choice)[:-1] for choice in choices]))
                     selected = runtime.select(branch, choices, "token_length_normalized").result(_WAIT_S)
                     calls[-1].answer, calls[-1].cached_tokens = [selected.index], selected.usage.cached_tokens
+                    calls[-1].num_given = len(ids) + _num_different([p[len(ids) :] for p in calls[-1].prompts])
                 case Fork(branches):
                     self._fork(branch, branches, ids, calls)
 
