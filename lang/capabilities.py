@@ -27,13 +27,14 @@ class Capabilities:
 
     roles: messages. plain_text: generating outside messages. logprobs: of what is generated. select: scoring given
     choices exactly. extensions: what the server takes beyond the protocol, by our name, and its own name for it.
-    json_schema: whether the protocol's `response_format` may be used.
+    json_schema: whether the protocol's `response_format` may be used. tools: whether its `tools` may.
     """
 
     roles: bool
     plain_text: bool
     select: bool
     json_schema: bool
+    tools: bool = False
     logprobs: bool = True
     extensions: Mapping[str, str] = field(default_factory=dict)
 

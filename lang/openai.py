@@ -18,6 +18,7 @@ from bough.capabilities import Capabilities, extensions_of, require
 from bough.errors import BackendError, BoughError, InvalidRequest, Timeout, UnsupportedByBackend
 from bough.local_branches import Branches, Outcome
 from bough.openai_protocol import (
+    calls_text,
     chat_logprobs,
     chat_request,
     completion_logprobs,
@@ -98,6 +99,7 @@ class OpenAI:
             plain_text=not is_chat_model,
             select=not is_chat_model,
             json_schema=is_chat_model,
+            tools=is_chat_model,
             extensions=extensions_of(extensions),
         )
         given = {"base_url": base_url, "api_key": api_key, "timeout": timeout, "max_retries": max_retries, **options}
@@ -155,7 +157,7 @@ class OpenAI:
 
     def extend(self, branch: Branch, parts: Sequence[Part], *, commit: bool = False) -> Future[Extended]:
         """Append text and roles; nothing is sent before a generate."""
-        return self._branches.submit(branch, lambda holds: _extended(holds, parts))
+        return self._branches.submit(branch, lambda holds: _extended(holds, parts, self.capabilities))
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -234,7 +236,8 @@ class OpenAI:
 
     def server_info(self) -> dict[str, object]:
         """Return the model's name, the address, and what was declared of the server."""
-        return {"model": self.model, "address": self._base_url, "capabilities": self.capabilities}
+        can = self.capabilities
+        return {"model": self.model, "address": self._base_url, "capabilities": can, "has_tools": can.tools}
 
     # ------------------------------------------------------------------------------------------ on the loop
 
@@ -285,6 +288,7 @@ class OpenAI:
                 async with await create(**request, **options, stream=True) as stream:
                     async for chunk in stream:
                         answer.add(chunk)
+            answer.end()
         except Exception as raised:
             raise error_of(raised, self._base_url, answer.text) from raised
         usage = usage_of(answer.usage, queue_ms, queue_ms + answer.ttft_ms, queue_ms + answer.elapsed_ms())
@@ -352,6 +356,7 @@ class _Answer:
         self.usage: Any = None
         self.logprobs: list[TokenLogprob] = []
         self.ttft_ms = 0.0
+        self._calls: dict[int, dict[str, str]] = {}
 
     def elapsed_ms(self) -> float:
         """Return the milliseconds since the request was sent."""
@@ -363,6 +368,8 @@ class _Answer:
             raise BackendError("the server's answer has no choice")
         choice = answer.choices[0]
         self._take(choice, (choice.message.content if self._is_chat else choice.text) or "")
+        if self._is_chat:
+            self._add_calls(choice.message.tool_calls)
         self.usage = answer.usage
         self.ttft_ms = self.elapsed_ms()
 
@@ -373,12 +380,33 @@ class _Answer:
             return
         choice = chunk.choices[0]
         text = (choice.delta.content if self._is_chat else choice.text) or ""
+        if self._is_chat:
+            self._add_calls(choice.delta.tool_calls)
         if text and not self.text:
             self.ttft_ms = self.elapsed_ms()
         before = len(self.logprobs)
         self._take(choice, text)
         if text and self._on_delta is not None:
             self._on_delta(Delta(text, (), self.logprobs[before:] if self._wants_logprobs else None))
+
+    def end(self) -> None:
+        """Write the calls that the model made as text, after its words."""
+        text = calls_text(self._calls.values())
+        self.text += text
+        if text and self._on_delta is not None:
+            self._on_delta(Delta(text))
+
+    def _add_calls(self, calls: Any) -> None:
+        """Take calls, or the next pieces of them: a stream tells the name once, and the arguments bit by bit."""
+        for position, call in enumerate(calls or ()):
+            index = getattr(call, "index", None)
+            known = self._calls.setdefault(
+                position if index is None else index, {"id": "", "name": "", "arguments": ""}
+            )
+            known["id"] = call.id or known["id"]
+            if call.function is not None:
+                known["name"] += call.function.name or ""
+                known["arguments"] += call.function.arguments or ""
 
     def _take(self, choice: Any, text: str) -> None:
         self.text += text
@@ -389,7 +417,7 @@ class _Answer:
             self.logprobs += read(choice.logprobs)
 
 
-def _extended(holds: Transcript, parts: Sequence[Part]) -> Outcome:
+def _extended(holds: Transcript, parts: Sequence[Part], can: Capabilities) -> Outcome:
     rendered: list[str] = []
     for part in parts:
         if isinstance(part, protocol.Text):
@@ -397,6 +425,9 @@ def _extended(holds: Transcript, parts: Sequence[Part]) -> Outcome:
         elif isinstance(part, protocol.RoleBegin):
             holds = holds.begin(part.role)
             rendered.append(f"<|im_start|>{part.role}\n")
+        elif isinstance(part, protocol.Tools):
+            require(can.tools, "tools", "tell a completion model of tools but in plain words (format='text')")
+            holds = holds.tell(part.definitions)
         elif isinstance(part, protocol.RoleEnd):
             holds = holds.end()
             rendered.append("<|im_end|>\n")

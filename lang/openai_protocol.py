@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from bough.backend import Generation
@@ -22,6 +22,7 @@ from bough.errors import (
     of,
 )
 from bough.runtime.protocol import Grammar, SamplingParams, TokenLogprob, Usage
+from bough.tool_formats import template_calls
 from bough.transcript import Transcript
 
 NO_TOKEN_ID: Final = -1
@@ -47,7 +48,7 @@ def chat_request(
     require(not conversation.outside.strip(), "plain_text", "take text outside messages: it is a chat model")
     require(conversation.role is not None, "plain_text", "generate outside a message: it is a chat model")
     require(conversation.role == "assistant", "roles", f"generate in a {conversation.role} message")
-    messages, extra = list(conversation.closed), {}
+    messages, extra = _with_calls(conversation.closed), {}
     if conversation.content:
         require(
             "continue_final_message" in can.extensions,
@@ -57,9 +58,54 @@ def chat_request(
         messages.append({"role": "assistant", "content": conversation.content})
         extra = {can.extensions["continue_final_message"]: True, "add_generation_prompt": False}
     request = {"model": model, "messages": messages, **_sampling(params, can, max_tokens_field)}
+    if conversation.tools:
+        request["tools"] = json.loads(conversation.tools)
     if params.logprobs is not None:
         request |= {"logprobs": True} | ({"top_logprobs": params.logprobs} if params.logprobs else {})
     return _constrained(request, grammar, can, {**request.pop("extra_body", {}), **extra})
+
+
+def _with_calls(closed: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Return the messages with calls, and the results that answer them in order, as the protocol has them.
+
+    Raises UnsupportedByBackend for a result that answers no call.
+    """
+    messages: list[dict[str, Any]] = []
+    unanswered: list[str] = []
+    for number, message in enumerate(closed):
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            require(bool(unanswered), "roles", "write a message of the role 'tool' that answers no call")
+            messages.append({"role": role, "content": content, "tool_call_id": unanswered.pop(0)})
+            continue
+        words, tag, _ = content.partition("<tool_call>")
+        calls = template_calls(content) if tag and role == "assistant" else []
+        if not calls:
+            messages.append(dict(message))
+            continue
+        ids = [call.id or f"call_{number}_{index}" for index, call in enumerate(calls)]
+        unanswered = list(ids)
+        functions = [{"name": call.name, "arguments": _as_json(call.arguments)} for call in calls]
+        made = [{"id": i, "type": "function", "function": f} for i, f in zip(ids, functions, strict=True)]
+        messages.append({"role": role, "content": words or None, "tool_calls": made})
+    return messages
+
+
+def _as_json(arguments: Mapping[str, Any] | str) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def calls_text(calls: Iterable[Mapping[str, str]]) -> str:
+    """Return calls (id, name, arguments as JSON text) as the text that `tool_formats` reads."""
+    lines = []
+    for call in calls:
+        try:
+            arguments: object = json.loads(call["arguments"] or "{}")
+        except ValueError:  # the model's mistake: the tool will tell it
+            arguments = call["arguments"]
+        said = {"name": call["name"], "arguments": arguments, "id": call["id"]}
+        lines.append(f"<tool_call>{json.dumps(said, ensure_ascii=False)}</tool_call>")
+    return "".join(lines)
 
 
 def completion_request(
@@ -133,6 +179,7 @@ def generation_of(
     grammar: Grammar | None,
 ) -> Generation:
     """Return the end of a generate. Raises BackendError if the server ended it for a reason of its own."""
+    reason = "stop" if reason == "tool_calls" else reason
     if reason not in ("stop", "length"):
         said = "the stream ended before the server was done" if reason is None else f"the server ended it: {reason}"
         raise BackendError(said, partial_text=text, finish_reason=reason)

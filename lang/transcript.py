@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from bough.errors import InvalidRequest
 
-Kind = Literal["root", "text", "begin", "end"]
+Kind = Literal["root", "text", "begin", "end", "tools"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,12 @@ class Transcript:
     def append(self, text: str) -> Transcript:
         """Return the list with text after it."""
         return Transcript(self, "text", text, self.role, self.length + len(text)) if text else self
+
+    def tell(self, tools: str) -> Transcript:
+        """Return the list with the definitions of tools. Raises InvalidRequest after the first message."""
+        if any(part.kind == "begin" for part in self.parts()):
+            raise InvalidRequest("tools are told of before the first message", field="tools")
+        return Transcript(self, "tools", tools, None, self.length + 1)
 
     def begin(self, role: str) -> Transcript:
         """Return the list with a message opened. Raises InvalidRequest inside another."""
@@ -65,9 +71,11 @@ class Transcript:
         closed: list[dict[str, str]] = []
         role: str | None = None
         inside: list[str] = []
-        outside = ""
+        outside = tools = ""
         for part in self.parts():
-            if part.kind == "text" and part.role is None:
+            if part.kind == "tools":
+                tools = part.text
+            elif part.kind == "text" and part.role is None:
                 outside += part.text
             elif part.kind == "text":
                 inside.append(part.text)
@@ -76,7 +84,7 @@ class Transcript:
             else:
                 assert role is not None, "a message that ends has begun"
                 closed.append({"role": role, "content": "".join(inside)})
-        return Conversation(closed, self.role, "".join(inside) if self.role is not None else "", outside)
+        return Conversation(closed, self.role, "".join(inside) if self.role is not None else "", outside, tools)
 
     def whole(self) -> tuple[str, bool]:
         """Return the text alone, and whether there are messages in it."""
@@ -86,12 +94,13 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Closed messages, the open one, and text that stands in none."""
+    """Closed messages, the open one, text that stands in none, and the definitions of tools."""
 
     closed: list[dict[str, str]]
     role: str | None
     content: str
     outside: str
+    tools: str
 
 
 EMPTY: Final = Transcript()

@@ -269,6 +269,59 @@ def test_a_server_that_does_not_score_prompts_is_named(make: Make, status: int) 
     assert caught.value.details["capability"] == "select"
 
 
+# ------------------------------------------------------------------------------------------------ tools
+
+
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_are_those_of_the_protocol(make: Make, stream: bool) -> None:
+    calls = [("add", '{"a": 1, "b": 2}'), ("add", '{"a": "x"}')]
+    backend, server = make([Answer(["I add."], "tool_calls", calls=calls), Answer(["It is 3."])])
+
+    @bo.function
+    def agent(s: State, question: str) -> Any:
+        s.tools([add], system="Be careful.")
+        s += bo.user(question)
+        return s.run_tools(name="answer")
+
+    state = agent.run("1 + 2?", backend=backend, stream=stream)
+    done = state.ret_value
+    assert done.answer == state["answer"] == "It is 3."
+    assert [result.text for result in done.results] == ["3", "error: add: argument a: Expected `int`, got `str`"]
+    first, second = server.requests
+    assert first["tools"][0]["function"]["parameters"]["required"] == ["a", "b"]
+    assert first["messages"][0] == {"role": "system", "content": "Be careful."}
+    assert second["messages"][2:] == [
+        {
+            "role": "assistant", "content": "I add.",
+            "tool_calls": [
+                {"id": f"id{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                for number, (name, arguments) in enumerate(calls)
+            ],
+        },
+        {"role": "tool", "content": "3", "tool_call_id": "id0"},
+        {"role": "tool", "content": done.results[1].text, "tool_call_id": "id1"},
+    ]  # fmt: skip
+
+
+def test_tools_in_plain_words_for_a_completion_model_and_results_without_calls(make: Make) -> None:
+    backend, _ = make(is_chat_model=False)
+    s = State(backend)
+    s.tools([add], format="template")
+    s += bo.gen("x")
+    with pytest.raises(bo.UnsupportedByBackend, match="capability 'tools'"):
+        s["x"]
+    chat, _ = make()
+    s = State(chat)
+    s += bo.role("tool", "3") + bo.assistant(bo.gen("x"))
+    with pytest.raises(bo.UnsupportedByBackend, match="answers no call"):
+        s["x"]
+
+
 # ------------------------------------------------------------------------------------------------ what it cannot
 
 

@@ -19,7 +19,7 @@ class Answer:
 
     pieces: the text, piece by piece if it streams. cut_after: the connection is closed after that many pieces, without
     an end. before: called before each piece with its number (to hold a stream). error: what an error event inside the
-    stream says, after the pieces.
+    stream says, after the pieces. calls: tools called, as (name, arguments as JSON text).
     """
 
     pieces: Sequence[str] = ("said",)
@@ -32,6 +32,7 @@ class Answer:
     before: Callable[[int], None] | None = None
     error: str | None = None
     has_usage: bool = True
+    calls: Sequence[tuple[str, str]] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -153,6 +154,9 @@ def _handler(server: StubServer) -> type[BaseHTTPRequestHandler]:
             if answer.error is not None:
                 self._event({"error": {"message": answer.error}})
                 return self._end()
+            for part in _called(answer):
+                called = {"index": 0, "finish_reason": None, "delta": {"tool_calls": [part]}}
+                self._event({"choices": [called]})
             self._event({"choices": [_choice(body, "", answer.finish_reason, is_chat, True, answer.extra)]})
             if answer.has_usage and (body.get("stream_options") or {}).get("include_usage"):
                 self._event({"choices": [], "usage": _usage(body, answer)})
@@ -174,6 +178,14 @@ def _handler(server: StubServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def _called(answer: Answer) -> Iterator[dict[str, Any]]:
+    """Yield the pieces of calls as a stream tells them: the name first, then the arguments in two parts."""
+    for index, (name, arguments) in enumerate(answer.calls):
+        yield {"index": index, "id": f"id{index}", "type": "function", "function": {"name": name, "arguments": ""}}
+        for part in (arguments[:3], arguments[3:]):
+            yield {"index": index, "function": {"arguments": part}}
+
+
 def _whole(body: Body, answer: Answer, is_chat: bool) -> dict[str, Any]:
     text = "".join(answer.pieces)
     if body.get("echo"):
@@ -181,6 +193,11 @@ def _whole(body: Body, answer: Answer, is_chat: bool) -> dict[str, Any]:
         choices.reverse()  # servers may answer in any order
     else:
         choices = [_choice(body, text, answer.finish_reason, is_chat, False, answer.extra)]
+        if answer.calls:
+            choices[0]["message"]["tool_calls"] = [
+                {"id": f"id{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                for number, (name, arguments) in enumerate(answer.calls)
+            ]
     usage = _usage(body, answer) if answer.has_usage else None
     return {"id": "stub", "object": "answer", "created": 0, "model": "stub", "choices": choices, "usage": usage}
 
