@@ -6,7 +6,9 @@
     run(q, kv, buffers, launches, kernels, scale)   each layer; nothing in it depends on the host, so it can be captured
 
 Buffers have fixed places, grids are fixed and counts are read on the device: a CUDA graph captured with `launches`
-serves every later plan that needs no other launches and fits the buffers.
+serves every later plan that needs no other launches and fits the buffers. Run once before a capture: kernels are
+compiled at their first launch. While `TreePlan.growth` lasts, a later step may move `visible_lens` on (and write new
+page ids, for which a layout may leave room: nothing reads kv_indptr[b + 1]) instead of writing a new plan.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bough.kernels.tuning import AttentionConfig, padded_head_dim
 _FIELDS = tl.constexpr(ITEM_FIELDS)
 
 
-@triton.jit(do_not_specialize=["q_stride"])
+@triton.jit
 def attend_items_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, k_scales: tl.tensor, v_scales: tl.tensor,
     kv_indices: tl.tensor, visible_lens: tl.tensor, items: tl.tensor, num_items: tl.tensor, rows: tl.tensor,

@@ -17,7 +17,7 @@ TILE_FIELDS = 4
 _FIELDS = tl.constexpr(TILE_FIELDS)
 
 
-@triton.jit(do_not_specialize=["q_stride"])
+@triton.jit
 def prefill_attention_kernel(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, k_scales: tl.tensor, v_scales: tl.tensor,
     kv_indices: tl.tensor, tiles: tl.tensor, out: tl.tensor, scale: tl.tensor, q_stride: tl.tensor,

@@ -36,7 +36,7 @@ def _normed_halves(
     return first.to(DTYPE).to(tl.float32), second.to(DTYPE).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
 def rotate_and_store_kernel(
     qkv: tl.tensor, positions: tl.tensor, cos: tl.tensor, sin: tl.tensor, slots: tl.tensor,
     k_pages: tl.tensor, v_pages: tl.tensor, k_scales: tl.tensor, v_scales: tl.tensor,

@@ -19,7 +19,7 @@ def quantised(values: tl.tensor, scale: tl.tensor, pages: tl.tensor, IS_INTEGER:
     return values.to(pages.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["k_stride", "v_stride"])
+@triton.jit
 def store_kv_kernel(
     k: tl.tensor, v: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, k_scales: tl.tensor, v_scales: tl.tensor,
     slots: tl.tensor, k_stride: tl.tensor, v_stride: tl.tensor,

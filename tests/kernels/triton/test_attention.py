@@ -12,6 +12,7 @@ from paged_cases import PagedCase, Path, make_case
 from bough.kernels import reference
 from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, choose_kernels, plan_step, run
 from bough.kernels.decode import attend_items
+from bough.kernels.layout import PagedLayout
 from bough.kernels.merge import merge_partials
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import dequantised, quantise
@@ -237,4 +238,26 @@ def test_queries_may_be_a_part_of_wider_rows(device: torch.device) -> None:
     case = make_case(MIXED)
     fused = torch.cat([case.q, torch.full_like(case.q, torch.nan)], dim=1)
     found = run_kernels(replace(case, q=fused[:, : case.q.shape[1]]), kernels_for(case), device)
+    torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
+
+
+def test_a_sequence_of_128k_tokens(device: torch.device) -> None:
+    """Decoded over many chunks, and prefilled by one token; wide tiles of keys, to be quick under the interpreter."""
+    kv_len, head_dim = 131_072, 16
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(kv_len // 16, 16, 1, head_dim, generator=generator) for _ in range(2))
+    q = torch.randn(2, 1, head_dim, generator=generator)
+    pages = np.random.default_rng(0).permutation(kv_len // 16).astype(np.int32)
+    layout = PagedLayout(
+        np.array([0, 1, 2], np.int32),
+        np.array([0, len(pages), 2 * len(pages)], np.int32),
+        np.concatenate([pages, pages]),
+        np.array([kv_len, kv_len - 5], np.int32),
+        np.array([True, False]),
+        16,
+    )
+    case = PagedCase(layout, q, k, v)
+    kernels = kernels_for(case, exact_split=16_384)
+    narrow, prefill = (replace(config, block_n=4096) for config in (kernels.narrow, kernels.prefill))
+    found = run_kernels(case, replace(kernels, narrow=narrow, prefill=prefill), device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
