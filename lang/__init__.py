@@ -26,11 +26,15 @@ What a gen is held to (constraint.py): grammars are values (grammars.py; lark_so
 matching.py reads texts against them, samples.py makes texts); types are written and read by typed.py (scalars.py,
 schemas.py; partial.py and growth.py while they are written, var.py names their results). thinking.py
 makes thoughts that later context forgets.
+
+What surrounds a run: running.py, seeds.py. Who wants to know what happens in it wraps the backend (watch.py): the event
+log (events.py), a journal (journal.py, replaying.py), a budget (budget.py). usage.py adds up what it cost.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 from bough import errors
 from bough.backend import Backend, Generation, chosen, set_default_backend
@@ -48,6 +52,7 @@ from bough.errors import (
     BackendError,
     BlockingRead,
     BoughError,
+    BudgetExceeded,
     Cancelled,
     ContextOverflow,
     InvalidRequest,
@@ -55,6 +60,7 @@ from bough.errors import (
     Overloaded,
     ProgramError,
     ProtocolMismatch,
+    ReplayMismatch,
     ResourceExhausted,
     RuntimeLost,
     Timeout,
@@ -111,12 +117,30 @@ from bough.tools import Tool, ToolCall, ToolResult, tool
 from bough.var import Var
 
 if TYPE_CHECKING:
+    from bough.budget import Budget
     from bough.client import RuntimeClient
     from bough.endpoint import RuntimeEndpoint
+    from bough.events import Event
+    from bough.journal import Journal
     from bough.launch import Runtime
     from bough.openai import OpenAI
+    from bough.replaying import ReplayBackend, replay
+    from bough.usage import RunUsage
 
 __version__ = "0.1.0"
+
+_LAZY: Final = {
+    "Budget": "bough.budget",
+    "Event": "bough.events",
+    "Journal": "bough.journal",
+    "ReplayBackend": "bough.replaying",
+    "RunUsage": "bough.usage",
+    "Runtime": "bough.launch",
+    "RuntimeClient": "bough.client",
+    "OpenAI": "bough.openai",
+    "RuntimeEndpoint": "bough.endpoint",
+    "replay": "bough.replaying",
+}
 
 
 def flush_cache(backend: Backend | None = None) -> None:
@@ -130,23 +154,9 @@ def get_server_info(backend: Backend | None = None) -> dict[str, object]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs ZeroMQ only when it is used: a third of the time that `import bough` may take."""
-    if name == "RuntimeClient":
-        from bough.client import RuntimeClient
-
-        return RuntimeClient
-    if name == "Runtime":
-        from bough.launch import Runtime
-
-        return Runtime
-    if name == "OpenAI":
-        from bough.openai import OpenAI
-
-        return OpenAI
-    if name == "RuntimeEndpoint":
-        from bough.endpoint import RuntimeEndpoint
-
-        return RuntimeEndpoint
+    """Import what not every program needs when it is used: ZeroMQ is a third of the time that an import may take."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     hint = f": {NOT_HERE[name]}" if name in NOT_HERE else ""
     raise AttributeError(f"module 'bough' has no attribute {name!r}{hint}")
 
@@ -156,10 +166,13 @@ __all__ = [
     "BackendError",
     "BlockingRead",
     "BoughError",
+    "Budget",
+    "BudgetExceeded",
     "Cancelled",
     "ChoicesDecision",
     "ChoicesSamplingMethod",
     "ContextOverflow",
+    "Event",
     "Expression",
     "Generation",
     "Grammar",
@@ -167,14 +180,18 @@ __all__ = [
     "InvalidRequest",
     "InvalidValue",
     "ItemState",
+    "Journal",
     "OpenAI",
     "Overloaded",
     "Program",
     "ProgramError",
     "ProtocolMismatch",
     "ReasoningFormat",
+    "ReplayBackend",
+    "ReplayMismatch",
     "ResourceExhausted",
     "Retries",
+    "RunUsage",
     "Runtime",
     "RuntimeClient",
     "RuntimeEndpoint",
@@ -214,6 +231,7 @@ __all__ = [
     "one_of",
     "optional",
     "pmi",
+    "replay",
     "role",
     "role_begin",
     "role_end",

@@ -14,6 +14,8 @@
     ├── ResourceExhausted               the runtime has no memory left for this branch, and nothing to evict
     ├── Overloaded                      too much is waiting already; try again later
     ├── Timeout (TimeoutError)          the operation's own deadline passed
+    ├── BudgetExceeded                  the run's own budget is spent; `details` holds limit and value
+    ├── ReplayMismatch                  a replayed run differs from its journal; `details` names the first token
     ├── Cancelled                       the operation, its branch or an ancestor was cancelled
     ├── RuntimeLost                     the runtime died, went silent or was shut down; nothing of it is valid any more
     │   └── ProtocolMismatch            what answers is no runtime of this version of the protocol
@@ -117,6 +119,17 @@ class Overloaded(BoughError):
 
 class Timeout(BoughError, TimeoutError):
     """The deadline given with the operation passed before it ended."""
+
+
+class BudgetExceeded(BoughError):
+    """The run has spent its budget. `details`: field, limit, value, and `partial_text` of a gen that it cut short."""
+
+
+class ReplayMismatch(BoughError):
+    """A replayed run differs from its journal.
+
+    `details`: path (of the branch), index (of the operation on it), field, expected, got; position, for a token.
+    """
 
 
 class Cancelled(BoughError):

@@ -262,6 +262,7 @@ class Interpreter:
             reply.add_done_callback(lambda _: feed.notify())
 
     def _branch(self) -> Branch:
+        """Return the branch that carries this text out, opened if there was nothing yet."""
         if self.lease.branch is None:
             self.lease.branch = self.backend.open()
         return self.lease.branch

@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, overload
 
-from bough import seeds
-from bough.backend import Backend, chosen, default_backend
+from bough.backend import Backend, chosen
 from bough.batchruns import BatchRuns
 from bough.errors import InvalidRequest
+from bough.running import Running, with_events
 from bough.sampling import SAMPLING_NAMES, Sampling, count, sampling_from
 from bough.state import State
 from bough.streaming import Run
@@ -74,13 +74,20 @@ class Program(BatchRuns):
         top_logprobs_num, timeout. Where a program has a parameter of such a name, it is the program's. From `seed` each
         gen gets a seed of its own, by its place in the program: the same run gives the same texts, its branches differ.
         Without one, the run draws one: `state.seed` tells it, to run the same again.
+
+        Who watches: `events=True` keeps a log for `state.events()` (stream=True does too), `journal="file"` records the
+        run for `bough.replay`, `budget=bough.Budget(...)` stops it when it has cost enough.
         """
         target = chosen(backend)
         sampling, arguments = self._split(kwargs)
         if stream:
             return self._start(target, sampling, args, arguments)
-        state = State(target, sampling, title=self._func.__name__)
-        self._body(state, args, arguments)
+        return self.start(target, sampling, args, arguments)
+
+    def start(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:
+        """Run the program with defaults that were checked already; `run` is the face of this."""
+        state = State(backend, sampling, title=self._func.__name__)
+        self._body(state, args, kwargs)
         return state
 
     async def arun(self, *args: Any, stream: bool = False, backend: Backend | None = None, **kwargs: Any) -> State:
@@ -118,20 +125,15 @@ class Program(BatchRuns):
             from bough.onloop import block_on
 
             return block_on(lambda: self._async_body(state, args, kwargs), self._func.__name__)
-        token = default_backend.enter(state._interpreter.backend)
-        outer = seeds.enter(state._interpreter.seeds)
-        try:
-            state._return_value = self._func(state, *args, **{**self._bound, **kwargs})
-        finally:
-            seeds.leave(outer)
-            default_backend.leave(token)
+        arguments = {**self._bound, **kwargs}
+        with Running(state, self._func, args, arguments):
+            state._return_value = self._func(state, *args, **arguments)
+        return None
 
     async def _async_body(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        token = default_backend.enter(state._interpreter.backend)
-        try:
-            state._return_value = await self._func(state, *args, **{**self._bound, **kwargs})
-        finally:
-            default_backend.leave(token)
+        arguments = {**self._bound, **kwargs}
+        with Running(state, self._func, args, arguments):
+            state._return_value = await self._func(state, *args, **arguments)
 
     async def _on_loop(self, state: State, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the function on the running event loop; if it is ended from outside, end what it left running."""
@@ -151,7 +153,7 @@ class Program(BatchRuns):
     def _start(self, backend: Backend, sampling: Sampling, args: Sequence[Any], kwargs: Mapping[str, Any]) -> State:
         self._signature.bind(None, *args, **{**self._bound, **kwargs})
         run = Run()
-        state = State(backend, sampling, title=self._func.__name__, run=run)
+        state = State(backend, with_events(sampling), title=self._func.__name__, run=run)
         context = contextvars.copy_context()
         body = functools.partial(context.run, self._run_body, run, state, args, kwargs)
         threading.Thread(target=body, name=f"bough-{self._func.__name__}", daemon=True).start()
@@ -175,7 +177,7 @@ class Program(BatchRuns):
         self._signature.bind(None, *args, **{**self._bound, **kwargs})
         loop = asyncio.get_running_loop()
         run = Run(loop)
-        state = State(backend, sampling, title=self._func.__name__, run=run)
+        state = State(backend, with_events(sampling), title=self._func.__name__, run=run)
         run.task = loop.create_task(self._run_on_loop(run, state, args, kwargs))
         return state
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from bough.errors import InvalidRequest, from_request
 from bough.runtime.protocol import MAX_FORK, RequestError, SamplingParams
+
+if TYPE_CHECKING:
+    from bough.running import Watching
 
 # Aliases and words that are not fields of SamplingParams but say the same.
 _EXTRA_NAMES: Final = frozenset(
@@ -24,7 +27,8 @@ _EXTRA_NAMES: Final = frozenset(
         "timeout",
     }
 )
-SAMPLING_NAMES: Final = (frozenset(SamplingParams.__struct_fields__) - {"logprobs"}) | _EXTRA_NAMES
+_WATCH_NAMES: Final = frozenset({"events", "journal", "budget"})
+SAMPLING_NAMES: Final = (frozenset(SamplingParams.__struct_fields__) - {"logprobs"}) | _EXTRA_NAMES | _WATCH_NAMES
 
 # SGLang's names that are not built yet, or that can have no meaning here.
 NOT_SUPPORTED: Final = frozenset({"ebnf"})
@@ -37,6 +41,7 @@ class Sampling:
     params: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     timeout_s: float | None = None
+    watching: Watching | None = None
 
     def params_with(self, overrides: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters with some replaced. Raises InvalidRequest if they contradict each other."""
@@ -54,8 +59,17 @@ def sampling_from(given: Mapping[str, object]) -> Sampling:
     """Return the defaults of a run from the sampling names given to it; None means unset."""
     n = count("n", given.get("n")) or DEFAULTS.n
     timeout_s = seconds("timeout", given.get("timeout"))
-    overrides = sampling_overrides({k: v for k, v in given.items() if k not in ("n", "timeout")})
-    return Sampling(DEFAULTS.params_with(overrides), n, timeout_s) if given else DEFAULTS
+    if not given:
+        return DEFAULTS
+    overrides = sampling_overrides(
+        {k: v for k, v in given.items() if k not in ("n", "timeout") and k not in _WATCH_NAMES}
+    )
+    watching = None
+    if not _WATCH_NAMES.isdisjoint(given):
+        from bough.running import watching_from
+
+        watching = watching_from(given)
+    return Sampling(DEFAULTS.params_with(overrides), n, timeout_s, watching)
 
 
 def sampling_overrides(given: Mapping[str, object]) -> dict[str, Any]:

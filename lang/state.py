@@ -6,7 +6,7 @@ Appending never waits; a variable waits when it is read, and raises there what w
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from bough.awaiting import AsyncReads
 from bough.backend import Backend
@@ -25,15 +25,18 @@ from bough.pieces import (
     variables_of,
     written,
 )
+from bough.running import begin, log_of
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.streaming import Feed, Run, iterate, iterate_async
 
 if TYPE_CHECKING:
+    from bough.events import Event
     from bough.group import Copy, Group
     from bough.scopes import RoleScope, VarScope
     from bough.tool_formats import ToolFormat
     from bough.toolbox import OnError, Toolbox, ToolRun
     from bough.tools import Tool
+    from bough.usage import RunUsage
     from bough.var import Var
 
 T = TypeVar("T")
@@ -65,7 +68,8 @@ class State(AsyncReads):
         self._title = title
         self._run = run
         self._feed: Feed | None = None if run is None else run.new_feed()
-        self._interpreter = Interpreter(backend, sampling, self._feed)
+        backend, seeds = begin(backend, sampling, title)
+        self._interpreter = Interpreter(backend, sampling, self._feed, seeds=seeds)
         self._variables: dict[str, Any] = {}
         self._assigned: dict[str, None] = {}  # in this state, since it was forked; in order
         self._return_value: Any = None
@@ -327,6 +331,54 @@ class State(AsyncReads):
         if name is not None:
             await self.get(name)
         yield await self.atext() if name is None else written(self._find(name))
+
+    def events(self, start: int = 0) -> Iterator[Event]:
+        """Yield what happens in the whole run, on all branches, as it happens; from event number `start` on.
+
+        Ends when nothing runs any more; in the body of the run itself, when nothing is in flight. Any number of readers
+        may follow, each on its own. Raises InvalidRequest unless the run has `events=True` or `stream=True`::
+
+            for event in program.run(question, stream=True).events():
+                print(event.seq, event.kind, event.branch, event.text)
+        """
+        return log_of(self._interpreter.backend).read(start)
+
+    def aevents(self, start: int = 0) -> AsyncIterator[Event]:
+        """Yield the same as `events`, leaving the event loop free."""
+        return log_of(self._interpreter.backend).aread(start)
+
+    def recorded(self, name: str, call: Callable[[], T]) -> T:
+        """Return what `call()` returns; in a replay of the run's journal, what it returned then, without calling it.
+
+        For what a program takes from outside, such as a clock, a search or a tool: then a replay needs no outside. The
+        value must be None, a number, text, bytes, or lists and dicts of them::
+
+            today = s.recorded("today", lambda: datetime.date.today().isoformat())
+        """
+        interpreter = self._interpreter
+        record = getattr(interpreter.backend, "recorded", None)
+        return call() if record is None else cast(T, record(interpreter._branch(), name, call))
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """This branch's place in the run: () is the root, then the number of each child on the way down.
+
+        Children count on over all forks of a branch; a gen with n > 1 forks too, and the state goes on with the first.
+        """
+        return self._interpreter._path
+
+    @property
+    def usage(self) -> RunUsage:
+        """What this state and all that was forked off it cost so far; of a run's own state, the whole run. Never waits.
+
+        ::
+
+            usage = program.run(question).usage
+            print(usage.computed_tokens, usage.generated_tokens, usage.decode_ms)
+        """
+        from bough.usage import usage_of
+
+        return usage_of(self._interpreter.strand)
 
     @property
     def seed(self) -> int:
