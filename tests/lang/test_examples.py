@@ -45,6 +45,7 @@ def say(text: str, params: Any) -> str:
         ("tool_loop", "   answer  48"),
         ("tools", "48  (lookup 'price of the lamp' -> 36, calculator '36 + 12' -> 48)"),
         ("batch", "ValueError('an empty sentence')"),
+        ("async_batch", "rerun: 12 results, 12 read from the file"),
         ("demo", "  in total"),
     ],
 )
