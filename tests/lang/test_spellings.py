@@ -121,3 +121,9 @@ def test_typed_gens_take_no_second_constraint(make: Any) -> None:
     for name in ("regex", "json_schema", "choices", "dtype"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             make("x", **{name: "a"})
+
+
+def test_typed_gens_give_texts_of_their_type() -> None:
+    s = sgl.State(sgl.ScriptedBackend({"age": "42", "name": '"Zoé, 7"'}))
+    s += "Age: " + sgl.gen_int("age") + ", name: " + sgl.gen_string("name", max_tokens=8)
+    assert (s["age"], s["name"]) == ("42", '"Zoé, 7"')
