@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "pages are given back unpublished",
         SCHEDULER,
-        "sequence.tokens.view(0, sequence.num_computed))\n        self.cache.release",
+        "sequence.tokens.view(0, sequence.num_publishable))\n        self.cache.release",
         "sequence.tokens.view(0, 0))\n        self.cache.release",
     ),
     Mutant(

@@ -102,7 +102,7 @@ class Vetter:
         number = next(self._numbers)
         try:
             self._send([number, text])
-        except OSError:
+        except (OSError, ValueError):  # ValueError: closed by us
             return "! the process that tries grammars out is gone"
         with self._arrived:
             # The other side keeps the time; this is for when it is gone or stuck.

@@ -16,6 +16,8 @@ from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
+from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
+from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.inflight import InFlight
 from bough.runtime.journal import Journal, RecordingExecutor, read_events
 from bough.runtime.models.folder import resolve_model
@@ -25,6 +27,7 @@ from bough.runtime.protocol import (
     Extend,
     Fork,
     Generate,
+    Grammar,
     Open,
     Release,
     Request,
@@ -48,6 +51,7 @@ PAGES, PAGE_SIZE, CONTEXT_LEN, SEED = 24, 4, 200, 5
 def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0) -> list[str]:
     """Run `requests` on a journalled engine with a fake model, some steps between them; return the texts."""
     tokenizer, clock = load_tokenizer(resolve_model("pocket")), FakeClock()
+    grammars = GrammarCompiler(Vocabulary(tokenizer, tokenizer.vocab_size), is_deferred=True)
     cache = PrefixCache(PAGES, PAGE_SIZE)
     scheduler = Scheduler(cache, token_budget=12, max_running=3, clock=clock)
     composer = Composer(
@@ -56,6 +60,7 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0) 
         context_len=CONTEXT_LEN,
         seed=SEED,
         credit=CONFIG.credit,
+        grammars=grammars,
     )
     runner = FakeRunner(PAGES, PAGE_SIZE, vocab_size=tokenizer.vocab_size)
     session = Session(b"me", "local", "test", 0.0)
@@ -65,7 +70,8 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0) 
         journal.start(CONFIG, **facts, **sizes)
         journal.hello(0.0, b"me", "local", "test")
         in_flight = InFlight(scheduler, RecordingExecutor(runner, journal), credit=CONFIG.credit, clock=clock)
-        engine = Engine(CONFIG, scheduler, in_flight, composer, epoch=1, clock=clock)
+        on_compiled = journal.compiled
+        engine = Engine(CONFIG, scheduler, in_flight, composer, epoch=1, clock=clock, on_compiled=on_compiled)
 
         def turn() -> None:
             if engine.next_deadline() is not None:
@@ -78,6 +84,12 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0) 
             journal.request(clock.now, b"me", frames)
             engine.handle(session, *decode_request(frames), clock.now)
             turn()
+        for request in requests:
+            grammar = request.grammar if isinstance(request, Generate) else None
+            if grammar is not None:  # compiled at some later time, one of them not
+                error = RequestError("invalid_request", "too complex") if grammar.kind == "regex" else None
+                grammars.complete(GrammarKey(grammar.kind, grammar.source, ""), error)
+                turn()
         while engine.has_work:
             turn()
     replies = [reply for message in session.take_outbox() for reply in message.replies]
@@ -103,6 +115,19 @@ def test_a_replay_plans_every_step_as_it_was(tmp_path: Path) -> None:
     steps = sum(event[0] == "step" for event in read_events(tmp_path / "log"))
     assert steps > 10
     assert replay(tmp_path / "log") == steps
+
+
+def test_a_replay_compiles_grammars_when_they_were_compiled(tmp_path: Path) -> None:
+    base = program()
+    params = SamplingParams(max_tokens=30)
+    source = '{"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}'
+    grammars = [Grammar(kind="json_schema", source=source), Grammar(kind="regex", source="(ab)+c")]
+    asked = [Generate(op=30 + b, branch=b, params=params, grammar=g) for b, g in zip((1, 3), grammars, strict=True)]
+    texts = record(tmp_path / "log", [*base, *asked])
+    assert any(text.startswith('{"a": ') for text in texts)
+    kinds = [event[0] for event in read_events(tmp_path / "log")]
+    assert kinds.count("compiled") == 2
+    assert replay(tmp_path / "log") == kinds.count("step")
 
 
 def test_a_replay_repeats_deadlines_too(tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""The parts of constrained generation alone: trials of hostile grammars, masks on logits, prefixes, ways to the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+import torch
+from grammar_engine import TOKENIZER, VOCABULARY, GrammarEngine
+from processes import wait_until
+
+from bough.runtime.batch import SampleRequest
+from bough.runtime.grammar.closing import closing_path
+from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
+from bough.runtime.grammar.healing import PrefixConstraint
+from bough.runtime.grammar.masks import Masks
+from bough.runtime.grammar.matching import GrammarConstraint
+from bough.runtime.grammar.vetting import Limits, Vetter
+from bough.runtime.protocol import Failed, Generated, Grammar, RequestError, SamplingParams
+from bough.runtime.sampler import sample
+
+DEEP = "start: r0\n" + "\n".join(f'r{i}: r{i + 1} r{i + 1} | "a"' for i in range(3000)) + '\nr3000: "b"'
+NONE = np.zeros(0, dtype=np.int32)
+Held: TypeAlias = GrammarConstraint | PrefixConstraint
+
+
+def constraint(source: str, compiler: GrammarCompiler | None = None) -> GrammarConstraint:
+    grammar = Grammar(kind="regex", source=source)
+    matcher = (compiler or GrammarCompiler(VOCABULARY)).find(GrammarKey("regex", source, ""))
+    assert matcher is not None
+    return GrammarConstraint(grammar, matcher, VOCABULARY, 100, ignore_eos=False)
+
+
+def request(held: Held | None, **params: float) -> SampleRequest:
+    return SampleRequest(SamplingParams(**params), 3, 9, NONE, NONE, (), held)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------- trials
+
+
+@pytest.fixture(scope="module")
+def vetter() -> Iterator[Vetter]:
+    vetter = Vetter(Limits(compile_s=1.0, memory_bytes=256 << 20), VOCABULARY)
+    yield vetter
+    vetter.close()
+
+
+def test_a_grammar_that_overflows_the_stack_ends_its_trial_and_nothing_else(vetter: Vetter) -> None:
+    compiler = GrammarCompiler(VOCABULARY, Limits(), vetter.vet)
+    engine = GrammarEngine(compiler=compiler)
+    bomb = engine.ask("x", Grammar(kind="lark", source=DEEP))
+    other = engine.generate(engine.branch("other"), max_tokens=50, ignore_eos=True)
+    good = engine.ask("y", Grammar(kind="regex", source="[0-9]{3}"))
+    engine.run()
+    assert engine.last(other, Generated).usage.completion_tokens == 50, "steps go on while grammars are tried out"
+
+    def is_compiled() -> bool:
+        engine.engine.take_compiled()
+        return engine.engine.num_compiling == 0
+
+    wait_until(is_compiled, 30, "verdicts")
+    engine.run()
+    failed = engine.last(bomb, Failed)
+    assert (failed.kind, failed.details["reason"]) == ("invalid_request", "too_complex")
+    assert re.fullmatch("[0-9]{3}", engine.last(good, Generated).text)
+    compiler.close()
+
+
+def test_trials_say_what_is_wrong_and_end_when_their_time_is_over(vetter: Vetter) -> None:
+    lark = '{"grammars": [{"lark_grammar": "start: /%s/"}]}'
+    assert vetter.vet(lark % "[a-z]+") == ""
+    assert "unclosed group" in vetter.vet(lark % "(a")
+    hurried = Vetter(Limits(compile_s=1e-6), VOCABULARY)
+    try:
+        assert "takes longer" in hurried.vet(lark % "[a-z]+")
+    finally:
+        hurried.close()
+    assert hurried.vet(lark % "a").startswith("!"), "its process is gone: said, not waited for"
+
+
+def test_too_many_grammars_at_once_are_refused() -> None:
+    compiler = GrammarCompiler(VOCABULARY, Limits(max_pending=2), is_deferred=True)
+    for source in "ab":
+        assert compiler.find(GrammarKey("regex", source, "")) is None
+    with pytest.raises(RequestError, match="the limit is 2") as raised:
+        compiler.find(GrammarKey("regex", "c", ""))
+    assert raised.value.kind == "overloaded"
+
+
+def test_the_cache_of_grammars_is_bounded_and_keeps_what_is_used() -> None:
+    compiler = GrammarCompiler(VOCABULARY, most=3)
+    for source in "abcadae":
+        compiler.find(GrammarKey("regex", source, ""))
+    assert compiler.num_compiled == 5
+    compiler.find(GrammarKey("regex", "a", ""))
+    assert compiler.num_compiled == 5
+    compiler.find(GrammarKey("regex", "b", ""))
+    assert compiler.num_compiled == 6
+
+
+# ----------------------------------------------------------------------------------------- masks
+
+
+def test_masked_logits_are_minus_infinity_exactly_where_the_constraint_says_so() -> None:
+    held: list[Held | None] = [
+        constraint("[0-9]+x"),
+        PrefixConstraint(VOCABULARY, TOKENIZER.encode(" t")[-1:]),
+        None,
+        constraint("yes|no"),
+    ]
+    requests = [request(one) for one in held]
+    size = TOKENIZER.vocab_size
+    logits = torch.from_numpy(np.random.default_rng(1).normal(size=(4, size)).astype(np.float32))
+    masks = Masks()
+    for _ in range(2):  # filled, then from the cache
+        result = logits.clone()
+        masks.apply(result, requests)
+        for row, one in enumerate(held):
+            words = np.full(VOCABULARY.num_words, 0xFFFFFFFF, dtype=np.uint32)
+            if one is not None:
+                one.fill(words)
+            allowed = torch.from_numpy(np.unpackbits(words.view(np.uint8), bitorder="little")[:size].astype(bool))
+            assert torch.equal(result[row][allowed], logits[row][allowed])
+            assert bool((result[row][~allowed] == -torch.inf).all())
+    assert not bool((result[0] == -torch.inf).all())
+
+
+def test_a_draw_under_a_mask_is_the_distribution_restricted_and_scaled() -> None:
+    """4,000 draws of ten digits whose logits are known; every other token is far likelier and never drawn."""
+    digits = [TOKENIZER.encode(d, at_start=False)[0] for d in "0123456789"]
+    logits = torch.full((1, TOKENIZER.vocab_size), 50.0)
+    logits[0, digits] = torch.arange(10, dtype=torch.float32) / 4
+    count = 4000
+    compiler = GrammarCompiler(VOCABULARY)
+    rows = [
+        SampleRequest(SamplingParams(), seed, 5, NONE, NONE, (), constraint("[0-9]", compiler)) for seed in range(count)
+    ]
+    drawn = [draw.token for draw in sample(logits.repeat(count, 1), rows, Masks())]
+    expected = torch.softmax(logits[0, digits], 0).numpy()
+    found = np.array([drawn.count(digit) for digit in digits]) / count
+    assert set(drawn) <= set(digits)
+    assert np.abs(found - expected).max() < 5 * np.sqrt(0.25 / count)
+
+
+def test_a_matcher_that_gave_up_does_not_make_the_step_fail() -> None:
+    held = constraint("ab")
+    assert not held.matcher.consume_token(TOKENIZER.encode("z", at_start=False)[0])
+    draw = sample(torch.zeros(1, TOKENIZER.vocab_size), [request(held, temperature=0.0)], Masks())[0]
+    with pytest.raises(RequestError, match="cannot go on"):
+        held.advance(draw.token)
+
+
+# ----------------------------------------------------------------------------------------- prefixes
+
+
+def test_prefix_masks_are_those_of_a_plain_search() -> None:
+    for prefix in (b" t", b"th", b" ", b"zzzz", b"\xc3"):
+        words = VOCABULARY.beginning_with(prefix, 5)
+        bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+        tokens = [t for t in range(TOKENIZER.vocab_size) if t not in VOCABULARY.special_ids]
+        assert bits == sorted({5, *(t for t in tokens if TOKENIZER.token_bytes(t).startswith(prefix))})
+        assert VOCABULARY.begins_longer(prefix) == any(
+            TOKENIZER.token_bytes(t).startswith(prefix) and len(TOKENIZER.token_bytes(t)) > len(prefix) for t in tokens
+        )
+
+
+def test_only_tokens_that_a_longer_one_begins_with_are_taken_off() -> None:
+    ids = TOKENIZER.encode("Once upon a t")
+    assert VOCABULARY.back_off(ids, len(ids)) >= 1
+    assert VOCABULARY.back_off(ids, 0) == 0
+    assert VOCABULARY.back_off(ids[:1], 1) == 0, "something has to come before what is drawn"
+    assert VOCABULARY.back_off([*ids, TOKENIZER.eos_ids[0]], 4) == 0, "a control token is no text"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "whole"),
+    [
+        ("regex", "[a-z]{10}x", "[a-z]{10}x"),
+        ("regex", "a{3}b*c(d|e){4}", "a{3}b*c(d|e){4}"),
+        ("regex", r"[A-Z][a-z]+( [A-Z][a-z]+)*\.", r"[A-Z][a-z]+( [A-Z][a-z]+)*\."),
+        ("lark", 'start: e\ne: "(" e ")" | N | e "+" e\nN: /[0-9]{3}/', "[0-9]{3}"),
+        ("json_schema", '{"type": "string", "format": "email"}', '".+@.+"'),
+        ("json_schema", '{"type": "string", "pattern": "^a.*z$"}', '"a.*z"'),
+        ("choices", '["abc", "x"]', "abc|x"),
+    ],
+)
+def test_the_way_to_the_end_ends_in_a_whole_text(kind: str, source: str, whole: str) -> None:
+    matcher = GrammarCompiler(VOCABULARY).find(GrammarKey(kind, source, ""))
+    assert matcher is not None
+    path = closing_path(matcher, VOCABULARY)
+    assert path is not None
+    assert len(path) <= 40
+    assert re.fullmatch(whole, TOKENIZER.decode(path, at_start=False))
