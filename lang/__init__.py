@@ -17,6 +17,7 @@ streaming.py, awaiting.py are its parts) and appends *expressions* (expressions.
 *interpreter* (interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py):
 the runtime reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one;
 recovery.py and record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects,
+checkpoint.py, check.py and travel.py take a state back; joins.py, cells.py and race.py are how branches end.
 reasoning.py parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. Whatever waits does so
 in waiting.py, on an event loop by way of onloop.py. batchruns.py, batch.py and abatch.py run many items; book.py,
 inflight.py, retries.py, items.py, results.py, progress.py, hub.py and loopthread.py are their parts. errors.py is the
@@ -38,6 +39,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bough import errors
 from bough.backend import Backend, Generation, chosen, set_default_backend
+from bough.cells import Cells
+from bough.checkpoint import Checkpoint
 from bough.choices import (
     ChoicesDecision,
     ChoicesSamplingMethod,
@@ -54,6 +57,7 @@ from bough.errors import (
     BoughError,
     BudgetExceeded,
     Cancelled,
+    CheckFailed,
     ContextOverflow,
     InvalidRequest,
     InvalidValue,
@@ -104,8 +108,9 @@ from bough.grammars import (
     substring_of,
     until,
 )
-from bough.group import Group
+from bough.group import Group, arace, race
 from bough.items import ItemState
+from bough.joins import mean_logprob
 from bough.program import Program, function
 from bough.reasoning import ReasoningFormat, separate_reasoning
 from bough.retries import Retries
@@ -169,6 +174,9 @@ __all__ = [
     "Budget",
     "BudgetExceeded",
     "Cancelled",
+    "Cells",
+    "CheckFailed",
+    "Checkpoint",
     "ChoicesDecision",
     "ChoicesSamplingMethod",
     "ContextOverflow",
@@ -208,6 +216,7 @@ __all__ = [
     "UnsupportedByBackend",
     "UnsupportedModel",
     "Var",
+    "arace",
     "assistant",
     "assistant_begin",
     "assistant_end",
@@ -227,10 +236,12 @@ __all__ = [
     "lark",
     "lit",
     "many",
+    "mean_logprob",
     "of_type",
     "one_of",
     "optional",
     "pmi",
+    "race",
     "replay",
     "role",
     "role_begin",

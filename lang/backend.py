@@ -58,7 +58,7 @@ class Generation(msgspec.Struct, frozen=True):
     """The end of a `generate`: the text appended, its token ids, what ended it, what it cost.
 
     is_whole: False if a grammar was given and the text only begins to match it. captures: what the grammar's captures
-    matched, by name; a list where one matched several times.
+    matched, by name; a list where one matched several times. start: how many tokens the branch had before.
     """
 
     text: str
@@ -70,6 +70,7 @@ class Generation(msgspec.Struct, frozen=True):
     logprobs: Sequence[TokenLogprob] | None = None
     is_whole: bool = True
     captures: Mapping[str, str | list[str]] = {}
+    start: int = 0
 
 
 @runtime_checkable
@@ -125,8 +126,11 @@ class Backend(Protocol):
     def rollback(self, branch: Branch, length: int) -> Future[Extended]:
         """Cut the branch back to its first `length` tokens."""
 
-    def cancel(self, branch: Branch) -> Future[int]:
-        """End every operation of the branch and of its descendants; the result is how many that were."""
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
+        """End every operation of the branch and of its descendants; the result is how many that were.
+
+        discard: free the KV that only they have at once, rather than when it is the least recently used.
+        """
 
     def release(self, branches: Sequence[Branch]) -> None:
         """Forget branches once what was sent before has been carried out; unknown ones are ignored."""

@@ -174,9 +174,9 @@ class RuntimeClient:
         """Cut the branch back to its first `length` tokens."""
         return self._ask(protocol.Rollback(next(self._link.ops), branch, length), protocol.Extended)
 
-    def cancel(self, branch: Branch) -> Future[int]:
-        """End every operation of the branch and of its descendants."""
-        request = protocol.Cancel(next(self._link.ops), branch=branch)
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
+        """End every operation of the branch and of its descendants; discard: and free the KV that only they have."""
+        request = protocol.Cancel(next(self._link.ops), branch=branch, discard=discard)
         return self._ask(request, protocol.Cancelled, lambda reply, buffers: reply.count)
 
     def release(self, branches: Sequence[Branch]) -> None:
@@ -214,9 +214,10 @@ class RuntimeClient:
 
 
 def _generation(reply: protocol.Generated, buffers: Sequence[protocol.Buffer]) -> Generation:
+    token_ids = protocol.decode_tokens(buffers, reply.buffer)
     return Generation(
         reply.text,
-        protocol.decode_tokens(buffers, reply.buffer),
+        token_ids,
         reply.finish_reason,
         reply.matched_stop,
         reply.length,
@@ -224,6 +225,7 @@ def _generation(reply: protocol.Generated, buffers: Sequence[protocol.Buffer]) -
         reply.logprobs,
         reply.is_whole,
         reply.captures,
+        reply.length - len(token_ids) + reply.replaced,
     )
 
 

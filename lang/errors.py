@@ -21,6 +21,7 @@
     │   └── ProtocolMismatch            what answers is no runtime of this version of the protocol
     ├── BackendError                    the backend failed in a way that has no name of its own
     ├── ToolError                       a model's call of a tool failed: no such tool, bad arguments, or it raised
+    ├── CheckFailed                     `check` found no attempt good enough; `details` holds the last value
     └── ProgramError                    the program's own code raised; the exception is the `__cause__`
 
 A failure of the runtime is raised where the variable is read, not where the `gen` was written::
@@ -150,6 +151,10 @@ class BackendError(BoughError):
 
 class ToolError(BoughError):
     """A call that a model made of a tool failed; if the tool's function raised, the exception is the `__cause__`."""
+
+
+class CheckFailed(BoughError):
+    """No attempt of a gen passed a `check`; `details` has name, attempts and the last value."""
 
 
 class ProgramError(BoughError):

@@ -11,15 +11,29 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from bough.backend import Backend, Branch, Delta, OnDelta
 from bough.choices import ChoicesSamplingMethod
-from bough.errors import BoughError, Cancelled, InvalidRequest
+from bough.errors import BoughError, Cancelled, InvalidRequest, Timeout
 from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, ThoughtBegin, ThoughtEnd
-from bough.pieces import Call, DecidedCall, GenCall, Item, Mark, SelectCall, Strand, Trunk, all_items, error_of
+from bough.pieces import (
+    Call,
+    DecidedCall,
+    GenCall,
+    Item,
+    Mark,
+    Point,
+    SelectCall,
+    Strand,
+    Trunk,
+    all_items,
+    error_of,
+    items_after,
+)
 from bough.runtime import protocol
 from bough.sampling import Sampling
 from bough.seeds import Path, Seeds, seeds_of_run
@@ -61,7 +75,10 @@ class Interpreter:
 
     __slots__ = (
         "_ancestors",
+        "_base",
         "_closed",
+        "_has_children",
+        "_kept",
         "_last_extend",
         "_num_children",
         "_num_gens",
@@ -70,9 +87,12 @@ class Interpreter:
         "_thought",
         "_undecided",
         "backend",
+        "deadline",
         "feed",
+        "first",
         "lease",
         "lock",
+        "num_forks",
         "role",
         "sampling",
         "seeds",
@@ -89,7 +109,8 @@ class Interpreter:
         self.lease = Lease(backend, None)
         self.lock = threading.RLock()
         self.trunk: Trunk | None = None
-        self.strand = Strand()
+        self.strand = self.first = Strand()
+        self._base: Point | None = None  # where it was forked off
         self.role: str | None = None
         self._sent = 0  # [0, sent) of the strand is with the backend   [sent, ...) waits for something to need it
         self._last_extend: Future[protocol.Extended] | None = None
@@ -100,6 +121,10 @@ class Interpreter:
         self.seeds = seeds or seeds_of_run(sampling.params.seed, backend)
         self._path: Path = ()  # the place in the program, with the two counts
         self._num_gens = self._num_children = 0
+        self.num_forks = 0
+        self._has_children = False  # whether the branch held now was forked
+        self._kept: list[Lease] = []  # branches left behind at a checkpoint, of which there are forks
+        self.deadline = None if sampling.timeout_s is None else monotonic() + sampling.timeout_s
 
     # ------------------------------------------------------------------------------------------ append
 
@@ -164,7 +189,7 @@ class Interpreter:
             if index and params.seed is not None:
                 params = msgspec.structs.replace(params, seed=(params.seed + 1) % protocol.MAX_ID)
             on_delta = None if chunks is None or index else self._collector(chunks)
-            timeout_s = gen.timeout_s or self.sampling.timeout_s
+            timeout_s = self._time_left(gen.timeout_s)
             replies.append(
                 self.backend.generate(
                     branch, params, name=gen.name, on_delta=on_delta, timeout_s=timeout_s, grammar=grammar
@@ -172,7 +197,7 @@ class Interpreter:
             )
         if n > 1:
             self._continue_on_first(branches, replies)
-        return self._called(GenCall(gen.name, replies, chunks, gen.constraint))
+        return self._called(GenCall(gen, replies, chunks))
 
     def _params(self, gen: Gen) -> protocol.SamplingParams:
         """Return the gen's parameters; without a seed of its own it has one by its place in the program.
@@ -189,6 +214,17 @@ class Interpreter:
         """Count a draw of this branch; return the seed of its place in the program."""
         self._num_gens += 1
         return self.seeds.of_draw(self._path, self._num_gens)
+
+    def _time_left(self, timeout_s: float | None) -> float | None:
+        """Return how long a call may take: its own timeout, within the run's. Raises Timeout if that has passed."""
+        if self.deadline is None:
+            return timeout_s
+        left_s = self.deadline - monotonic()
+        if left_s <= 0:
+            assert self.sampling.timeout_s is not None, "a deadline comes of a timeout"
+            limit_s = self.sampling.timeout_s
+            raise Timeout(f"the run's timeout of {limit_s:g} s has passed", timeout_s=limit_s)
+        return left_s if timeout_s is None else min(timeout_s, left_s)
 
     def _collector(self, chunks: list[Delta]) -> OnDelta:
         feed = self.feed
@@ -222,7 +258,7 @@ class Interpreter:
 
     def _select(self, select: Select) -> Call:
         self.flush()
-        timeout_s = select.timeout_s or self.sampling.timeout_s
+        timeout_s = self._time_left(select.timeout_s)
         if not isinstance(select.method, str):
             return self._decide(select, select.method, timeout_s)
         reply = self.backend.select(
@@ -325,15 +361,28 @@ class Interpreter:
                 self._thought = None
                 thought.forget(self)
 
+    def check_no_thought(self, what: str) -> None:
+        """Raise InvalidRequest inside a message whose thoughts are still to be forgotten."""
+        if self._thought is not None:
+            raise InvalidRequest(f"{what} inside a message would keep its thought, which think(keep=False) forgets")
+
     # ------------------------------------------------------------------------------------------ read
 
     def items(self) -> Iterator[Item]:
         """Yield the pieces from the root of the tree on."""
         return all_items(self.trunk, self.strand)
 
+    def own_items(self) -> list[Item]:
+        """Return the pieces that were appended since this was forked off."""
+        if self._base is None:
+            return list(self.items())
+        own = items_after(self.trunk, self.strand, self._base)
+        assert own is not None, "nothing goes back to before its own fork"
+        return own
+
     def wait(self) -> None:
-        """Wait until the gens and selects of this strand are done, well or not."""
-        for item in list(self.strand.items):
+        """Wait until the gens and selects of this branch are done, well or not."""
+        for item in self.own_items():
             if isinstance(item, (GenCall, SelectCall)):
                 for future in item.futures():
                     wait(future)
@@ -362,8 +411,7 @@ class Interpreter:
         with self.lock:
             self._check_open()
             self.flush()
-            if self._thought is not None:
-                raise InvalidRequest("a fork inside a message would keep its thought, which think(keep=False) forgets")
+            self.check_no_thought("a fork")
             trunk = Trunk(self.trunk, self.strand, len(self.strand.items))
             children = [Interpreter(self.backend, self.sampling, seeds=self.seeds) for _ in range(size)]
             branches = self.backend.fork(self._branch(), size)
@@ -372,20 +420,32 @@ class Interpreter:
                 child.trunk = trunk
                 child.role = self.role
                 child._path = (*self._path, number)
+                child._base = (trunk.strand, trunk.length)
+                child.deadline = self.deadline
             self._num_children += size
+            self.num_forks += 1
+            self._has_children = True
             self.strand.forks.append((trunk.length, [child.strand for child in children]))
             return children
 
-    def cancel(self) -> None:
-        """End what runs on this branch and on its forks, and take no more."""
+    def cancel(self, *, discard: bool = False) -> None:
+        """End what runs on this branch and on its forks, and take no more. discard: also free the KV only they have."""
         with self.lock:
             if self._closed is not None:
                 return
             self._closed = Cancelled("this branch was cancelled")
             running = [branch for branch, replies in self._ancestors if not _all_done(replies)]
             oldest = running[0] if running else self.lease.branch
-            if oldest is not None:  # all the others descend from it
-                self.backend.cancel(oldest)
+            kept = [lease.branch for lease in self._kept[:1]]
+            for branch in dict.fromkeys((*kept, oldest)):  # all the others descend from these
+                if branch is not None:
+                    self.backend.cancel(branch, discard=discard)
+
+    def give_up(self) -> Branch | None:
+        """Cancel, free the KV that only this branch has, and hand the branch to whoever releases it."""
+        self.cancel(discard=True)
+        with self.lock:
+            return self.lease.take()
 
     def close(self, reason: BoughError) -> Branch | None:
         """Take no more, and hand the branch to whoever releases it; what was appended can still be read."""

@@ -215,9 +215,9 @@ class Runtime:
         """Cut the branch back to its first `length` tokens."""
         return self._client.rollback(branch, length)
 
-    def cancel(self, branch: Branch) -> Future[int]:
-        """End every operation of the branch and of its descendants."""
-        return self._client.cancel(branch)
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
+        """End every operation of the branch and of its descendants; discard: and free the KV that only they have."""
+        return self._client.cancel(branch, discard=discard)
 
     def release(self, branches: Sequence[Branch]) -> None:
         """Forget branches; never raises."""

@@ -138,7 +138,7 @@ class OpenAI:
         """Start `count` branches that share all that `branch` holds."""
         return self._branches.fork(branch, count)
 
-    def cancel(self, branch: Branch) -> Future[int]:
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
         """End every operation of the branch and of its descendants; their connections are closed."""
         return self._branches.cancel(branch)
 

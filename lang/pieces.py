@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from bough.backend import Delta, Generation
 from bough.choices import ChoicesDecision, ChoicesSamplingMethod, mean
 from bough.errors import BoughError, Cancelled, ProgramError, of
+from bough.expressions import Gen
 from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
 from bough.waiting import wait
 
 if TYPE_CHECKING:
-    from bough.constraint import Constraint
+    pass
 
 T = TypeVar("T")
 
@@ -64,20 +65,17 @@ class Mark:
 class GenCall:
     """A `gen` in flight or done: n futures of which the text continues with the first."""
 
-    __slots__ = ("chunks", "constraint", "name", "replies")
+    __slots__ = ("_moved", "chunks", "constraint", "gen", "is_rewritten", "name", "replies")
 
-    def __init__(
-        self,
-        name: str | None,
-        replies: Sequence[Future[Generation]],
-        chunks: list[Delta] | None,
-        constraint: Constraint | None = None,
-    ) -> None:
-        self.name = name
+    def __init__(self, gen: Gen, replies: Sequence[Future[Generation]], chunks: list[Delta] | None) -> None:
+        self.gen = gen
+        self.name = gen.name
+        self.constraint = gen.constraint
+        self._moved: Future[Extended] | None = None
+        self.is_rewritten = False  # is text of its message by now, whose tokens do not end where it begins
         self.replies = replies
         self.chunks = chunks
         """The text so far while it streams; None where it does not."""
-        self.constraint = constraint
 
     def futures(self) -> Sequence[Future[Any]]:
         """Return what has to be done before this can be read."""
@@ -86,6 +84,16 @@ class GenCall:
     def text(self) -> str:
         """Wait for the text that was appended."""
         return result_of(self.replies[0]).text
+
+    def moved(self, reply: Future[Extended]) -> GenCall:
+        """Return the same call as it stands in a text that was edited: right after what `reply` is about."""
+        call = GenCall(self.gen, self.replies, self.chunks)
+        call._moved = reply
+        return call
+
+    def start(self) -> int:
+        """Wait for how many tokens were before it."""
+        return result_of(self.replies[0]).start if self._moved is None else result_of(self._moved).length
 
     def value(self) -> Any:
         """Wait for the variable's value: the text, or what its type makes of it; for n > 1 the list of them.
@@ -267,7 +275,7 @@ class Gathered:
         """Return what has to be done before this can be read."""
         return [future for cell in self.cells if isinstance(cell, LAZY) for future in cell.futures()]
 
-    def value(self) -> list[Any]:
+    def value(self) -> Sequence[Any]:
         """Return the list. Raises the failure of the first branch that failed."""
         return [read(cell) for cell in self.cells]
 
@@ -336,6 +344,18 @@ def futures_of(item: Item) -> Sequence[Future[Any]]:
     return item.futures()
 
 
+Point: TypeAlias = "tuple[Strand, int]"
+"""A place in a text: after so many pieces of a strand."""
+
+
+class Onward(list["Strand"]):
+    """In place of the strands of a fork: the one in which a state goes on from here, and how that came."""
+
+    def __init__(self, strand: Strand, how: str) -> None:
+        super().__init__((strand,))
+        self.how = how
+
+
 class Strand:
     """The pieces that one state appended, and the strands that were forked off it (for drawing the tree)."""
 
@@ -369,6 +389,22 @@ def all_items(trunk: Trunk | None, strand: Strand) -> Iterator[Item]:
     for part in reversed(trunks):
         yield from part.strand.items[: part.length]
     yield from list(strand.items)
+
+
+def items_after(trunk: Trunk | None, strand: Strand, point: Point) -> list[Item] | None:
+    """Return the pieces from a point to the end of `strand`; None if the point does not lie on the way there."""
+    begin, skip = point
+    later: list[list[Item]] = []
+    items = strand.items[:]
+    while strand is not begin:
+        later.append(items)
+        if trunk is None:
+            return None
+        strand, items, trunk = trunk.strand, trunk.strand.items[: trunk.length], trunk.parent
+    if skip > len(items):
+        return None
+    later.append(items[skip:])
+    return [item for part in reversed(later) for item in part]
 
 
 def messages_of(items: Iterator[Item]) -> list[dict[str, str]]:

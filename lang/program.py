@@ -75,6 +75,9 @@ class Program(BatchRuns):
         gen gets a seed of its own, by its place in the program: the same run gives the same texts, its branches differ.
         Without one, the run draws one: `state.seed` tells it, to run the same again.
 
+        `timeout` is for the whole run, in seconds from its begin: no gen or select of it, forks included, goes on for
+        longer, and one that would begin later raises Timeout. A gen's own `timeout` is for that gen, within the run's.
+
         Who watches: `events=True` keeps a log for `state.events()` (stream=True does too), `journal="file"` records the
         run for `bough.replay`, `budget=bough.Budget(...)` stops it when it has cost enough.
         """

@@ -431,7 +431,7 @@ class Playback:
         """Return the recorded value; nothing is called."""
         return self._next(branch, "recorded", name, {}).result
 
-    def cancel(self, branch: Branch) -> Future[int]:
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
         """Do nothing: what was cancelled fails as it did."""
         return _done(lambda: 0)
 

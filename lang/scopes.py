@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bough.errors import InvalidRequest
 from bough.expressions import RoleEnd, role, role_begin
-from bough.pieces import Span
+from bough.pieces import Point, Span, items_after
 
 if TYPE_CHECKING:
     from bough.expressions import Expression
@@ -46,11 +46,16 @@ class VarScope:
             raise InvalidRequest(f"a variable's name must be a text that is not empty, got {name!r}", field="name")
         self._state = state
         self._name = name
-        self._start = 0
+        self._start: Point | None = None
 
     def __enter__(self) -> State:
-        self._start = len(self._state._interpreter.strand.items)
+        strand = self._state._interpreter.strand
+        self._start = strand, len(strand.items)
         return self._state
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._state[self._name] = Span(self._state._interpreter.strand.items[self._start :])
+        interpreter = self._state._interpreter
+        assert self._start is not None, "a block is entered before it is left"
+        inside = items_after(interpreter.trunk, interpreter.strand, self._start)
+        # None: the state was rewound to before the block, which then began where it went on.
+        self._state[self._name] = Span(interpreter.strand.items[:] if inside is None else inside)

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import count
-from typing import Final, TypeVar
+from itertools import accumulate, count
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from bough.backend import Branch, Delta, Generation, OnDelta
 from bough.choices import score_choices
@@ -35,35 +35,61 @@ T = TypeVar("T")
 _NOBODY: Final = -1  # in place of the branch that a cancel would have to name
 
 
+class _Piece(NamedTuple):
+    """Text that was appended at once, and its role. is_fixed: nothing in it can change the words before it."""
+
+    text: str
+    role: str | None
+    is_fixed: bool
+
+
+_Above: TypeAlias = "tuple[_Above | None, list[_Piece], int]"
+"""What a branch inherits: the same of its parent, and the parent's first so many pieces."""
+
+
 class _Branch:
     """What a branch holds: the text since its fork, and where that was."""
 
-    __slots__ = ("error", "length", "parent", "parent_len", "parent_words", "read", "role", "text")
+    __slots__ = (
+        "above",
+        "error",
+        "is_committed",
+        "is_orphan",
+        "length",
+        "origin",
+        "parent",
+        "parent_words",
+        "pieces",
+        "read",
+        "role",
+    )
 
     def __init__(self, parent: _Branch | None) -> None:
-        self.parent = parent
-        self.parent_len = self.parent_words = self.length = self.read = 0
-        self.text: list[str] = []
+        self.parent = self.origin = parent  # a branch that was cut back has the whole text itself, but is no orphan
+        self.parent_words = self.length = self.read = 0
+        self.above: _Above | None = None
+        self.pieces: list[_Piece] = []
+        self.is_orphan = False  # forked off a branch that was not there
+        self.is_committed = False  # whether what is appended next cannot change the words before it
         self.role: str | None = None
         self.error: BoughError | None = None
 
     def inherit(self) -> None:
         """Take what the parent holds now: lengths are in words, `read` is how many of them a call has computed."""
         assert self.parent is not None, "only a fork inherits"
-        self.parent_len = len(self.parent.text)
+        self.above = (self.parent.above, self.parent.pieces, len(self.parent.pieces))
         self.parent_words = self.length = self.parent.length
         self.role = self.parent.role
         self.error = self.error or self.parent.error
 
-    def whole(self, upto: int | None = None) -> str:
+    def whole(self) -> str:
         """Return the text from the root of the tree on."""
-        above = "" if self.parent is None else self.parent.whole(self.parent_len)
-        return above + "".join(self.text[:upto])
+        return "".join([piece.text for piece in self.all_pieces()])
 
     def cached(self) -> int:
         """Return how many words earlier calls have computed, here or on the branches that share them."""
         shared = 0 if self.parent is None else min(self.parent.cached(), self.parent_words)
-        return max(self.read, shared)
+        return min(max(self.read, shared), self.length)
 
     def compute(self) -> None:
         """Count everything up to here as computed, for all that share it."""
@@ -73,10 +99,36 @@ class _Branch:
             above.parent.read = max(above.parent.read, above.parent_words)
             above = above.parent
 
-    def append(self, text: str) -> None:
+    def append(self, text: str, *, is_drawn: bool = False) -> None:
         """Append text."""
-        self.text.append(text)
+        self.pieces.append(_Piece(text, self.role, is_drawn or self.is_committed))
+        self.is_committed = False
         self.length += len(text.split())
+
+    def all_pieces(self) -> list[_Piece]:
+        """Return the pieces from the root of the tree on."""
+        parts, above = [self.pieces], self.above
+        while above is not None:
+            above, pieces, length = above
+            parts.append(pieces[:length])
+        return [piece for part in reversed(parts) for piece in part]
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` words and the role there. Of a text without words there, what is fixed before it."""
+        pieces = self.all_pieces()
+        ends = [0, *accumulate(len(piece.text.split()) for piece in pieces)]
+        places = [place for place, end in enumerate(ends) if end == length]
+        fixed = [place for place in places if place < len(pieces) and pieces[place].is_fixed]
+        if places:
+            kept = pieces[: (fixed or places)[-1]]
+        else:
+            inside = sum(end < length for end in ends) - 1
+            words = words_of(pieces[inside].text)[: length - ends[inside]]
+            kept = [*pieces[:inside], pieces[inside]._replace(text="".join(words))]
+        self.read = min(self.cached(), length)
+        self.role = kept[-1].role if kept else None
+        self.parent = self.above = self.error = None
+        self.pieces, self.length = kept, length
 
 
 class ScriptedBackend:
@@ -125,6 +177,7 @@ class ScriptedBackend:
         def inherit() -> None:
             for child in children.values():
                 if parent is None:
+                    child.is_orphan = True
                     child.error = InvalidRequest(f"branch {branch} is not open", branch=branch)
                 else:
                     child.inherit()
@@ -144,7 +197,7 @@ class ScriptedBackend:
         for branch in branches:
             self._branches.pop(branch, None)
 
-    def cancel(self, branch: Branch) -> Future[int]:
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
         """End every waiting call of the branch and of its descendants."""
         ended: Future[int] = Future()
         with self._lock:
@@ -164,7 +217,7 @@ class ScriptedBackend:
         root = self._branches.get(branch)
         inside = set() if root is None else {id(root)}
         for number, other in sorted(self._branches.items()):  # parents have lower numbers than their children
-            if id(other) in inside or (other.parent is not None and id(other.parent) in inside):
+            if id(other) in inside or (other.origin is not None and id(other.origin) in inside):
                 inside.add(id(other))
                 yield number
 
@@ -185,6 +238,7 @@ class ScriptedBackend:
                 else:
                     rendered.append(_render(target, part))
             self._check_length(target)
+            target.is_committed = commit
             return Extended(0, target.length, rendered)
 
         return self._submit(branch, work)
@@ -221,11 +275,11 @@ class ScriptedBackend:
                 for start in range(0, len(words), self._chunk_words):
                     part = slice(start, start + self._chunk_words)
                     on_delta(Delta("".join(words[part]), ids[part], None if logprobs is None else logprobs[part]))
-            usage = self._used(target, len(words))
-            target.append(text)
+            usage, before = self._used(target, len(words)), target.length
+            target.append(text, is_drawn=True)
             target.compute()
             is_whole = acceptor is None or acceptor.accepts(text.encode())
-            return Generation(text, ids, reason, stop, target.length, usage, logprobs, is_whole)
+            return Generation(text, ids, reason, stop, target.length, usage, logprobs, is_whole, start=before)
 
         return self._submit(branch, work)
 
@@ -268,12 +322,10 @@ class ScriptedBackend:
         def work(target: _Branch) -> Extended:
             if not 0 <= length <= target.length:
                 raise InvalidRequest(f"length must be between 0 and {target.length}, got {length}", field="length")
-            kept = "".join(words_of(target.whole())[:length])
-            target.parent, target.text, target.length = None, [kept], length
-            target.read = min(target.read, length)
+            target.cut(length)
             return Extended(0, length)
 
-        return self._submit(branch, work)
+        return self._submit(branch, work, heals=True)
 
     # ------------------------------------------------------------------------------------------ counters
 
@@ -315,8 +367,8 @@ class ScriptedBackend:
         else:
             work()
 
-    def _submit(self, branch: Branch, work: Callable[[_Branch], T]) -> Future[T]:
-        """Carry out an operation now, or later if paused; a failure poisons the branch."""
+    def _submit(self, branch: Branch, work: Callable[[_Branch], T], *, heals: bool = False) -> Future[T]:
+        """Carry out an operation now, or later if paused; a failure poisons the branch, until something heals it."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -324,7 +376,7 @@ class ScriptedBackend:
                 target = self._branches.get(branch)
                 if target is None:
                     return future.set_exception(InvalidRequest(f"branch {branch} is not open", branch=branch))
-                if target.error is not None:
+                if target.error is not None and (target.is_orphan or not heals):
                     return future.set_exception(target.error.for_dependant())
                 self._num_calls += 1
                 try:

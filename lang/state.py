@@ -5,7 +5,7 @@ Appending never waits; a variable waits when it is read, and raises there what w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from bough.awaiting import AsyncReads
@@ -28,10 +28,11 @@ from bough.pieces import (
 from bough.running import begin, log_of
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.streaming import Feed, Run, iterate, iterate_async
+from bough.travel import TimeTravel
 
 if TYPE_CHECKING:
     from bough.events import Event
-    from bough.group import Copy, Group
+    from bough.group import Copy, Group, Scratch
     from bough.scopes import RoleScope, VarScope
     from bough.tool_formats import ToolFormat
     from bough.toolbox import OnError, Toolbox, ToolRun
@@ -43,7 +44,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="State")
 
 
-class State(AsyncReads):
+class State(AsyncReads, TimeTravel):
     """One growing text with its variables.
 
     `s += text_or_expression` appends; `s["x"]` reads the variable x, waiting for it; `s.fork(n)` branches. A state may
@@ -52,9 +53,11 @@ class State(AsyncReads):
 
     __slots__ = (
         "__weakref__",
+        "_arg",
         "_assigned",
         "_feed",
         "_interpreter",
+        "_name",
         "_return_value",
         "_run",
         "_title",
@@ -74,6 +77,8 @@ class State(AsyncReads):
         self._assigned: dict[str, None] = {}  # in this state, since it was forked; in order
         self._return_value: Any = None
         self._toolbox: Toolbox | None = None
+        self._arg: Any = None
+        self._name: str | None = None
 
     # ------------------------------------------------------------------------------------------ append
 
@@ -393,19 +398,96 @@ class State(AsyncReads):
         from bough.tree import draw
 
         self.error()
-        return draw(self._title, self._interpreter.strand)
+        return draw(self._title, self._interpreter.first)
 
     # ------------------------------------------------------------------------------------------ branches
 
-    def fork(self, size: int = 1) -> Group:
-        """Return `size` states that share all that this one holds; nothing is copied, re-sent or waited for.
+    def fork(self, size: int | Sequence[Any] | Mapping[str, Any] = 1, *, names: Sequence[str] | None = None) -> Group:
+        """Return states that share all that this one holds; nothing is copied, re-sent or waited for.
 
-        They inherit text, variables, messages, meta information and the open role. Raises InvalidRequest if `size` is
-        not between 1 and 4096.
+        size: how many; or a list of arguments, one state each, which knows it as `state.arg`; or a dict of arguments by
+        the states' names. names: the states' names, for `forks["plan"]`; as many states if no size is given.
+
+        They inherit text, variables, messages, meta information and the open role. Raises InvalidRequest if there were
+        not between 1 and 4096 of them::
+
+            for f in s.fork(["kind", "strict"]):
+                f += bo.user(f"Be {f.arg}.") + bo.assistant(bo.gen("review"))
         """
         from bough.group import Group
 
-        return Group(self, self._fork(size, State))
+        return Group(self, self._named_fork(size, names))
+
+    def branches(
+        self, size: int | Sequence[Any] | Mapping[str, Any] = 1, *, names: Sequence[str] | None = None
+    ) -> Group:
+        """Fork for a `with` block that cancels on the way out, also by an exception, what was not joined.
+
+        ::
+
+            with s.branches(4) as forks:
+                forks += bo.gen("answer", max_tokens=200)
+                (first,) = forks.race()
+                s["answer"] = first["answer"]
+        """
+        return self.fork(size, names=names)
+
+    @property
+    def arg(self) -> Any:
+        """The argument that this state, or the one it was forked off, was forked for; None without one."""
+        return self._arg
+
+    @property
+    def branch_name(self) -> str | None:
+        """The name that this state was forked under; None without one."""
+        return self._name
+
+    def _named_fork(self, size: int | Sequence[Any] | Mapping[str, Any], names: Sequence[str] | None) -> list[State]:
+        if isinstance(size, Mapping):
+            if names is not None:
+                raise InvalidRequest("a fork over a dict takes its names from there: leave names out", field="names")
+            names, size = list(size), list(size.values())
+        args = list(size) if isinstance(size, Sequence) and not isinstance(size, (str, bytes)) else None
+        number: Any = size if args is None else len(args)
+        if names is not None:
+            names = _checked_names(names)
+            number = len(names) if args is None and size == 1 else number
+            if len(names) != number:
+                raise InvalidRequest(f"names must be one per branch, {number!r}, got {len(names)}", field="names")
+        states = self._fork(number, State)
+        for number, state in enumerate(states):
+            state._name = None if names is None else names[number]
+            if args is not None:
+                state._arg = args[number]
+        return states
+
+    def scratch(self) -> Scratch:
+        """Return a state for a `with` block whose text never enters this one; only what is taken from it does.
+
+        ::
+
+            with s.scratch() as t:
+                t += bo.user("Think aloud first.") + bo.assistant(bo.gen("thoughts"))
+                s["thoughts"] = t["thoughts"]
+        """
+        from bough.group import Scratch
+
+        (child,) = self._fork(1, Scratch)
+        assert isinstance(child, Scratch)
+        return child
+
+    def adopt(self, branch: State) -> None:
+        """Go on as a branch that was forked off this state, or off such a branch: its text, its variables, its KV.
+
+        The branch takes no more text; it can still be read. Raises InvalidRequest if this state took text of its own
+        since the fork::
+
+            leaves = s.fork(2)[0].fork(2)
+            s.adopt(leaves[1])
+        """
+        from bough.joins import adopt
+
+        adopt(self, branch)
 
     def copy(self) -> Copy:
         """Return one state that shares all that this one holds.
@@ -434,6 +516,8 @@ class State(AsyncReads):
         child._assigned = {}
         child._return_value = None
         child._toolbox = self._toolbox
+        child._arg = self._arg
+        child._name = None
         return child
 
     def cancel(self) -> None:
@@ -458,3 +542,13 @@ class State(AsyncReads):
     def _raise_if_body_failed(self, what: str) -> None:
         if self._run is not None:
             self._run.reached(what)
+
+
+def _checked_names(names: Sequence[str]) -> list[str]:
+    checked = list(names)
+    for name in checked:
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest(f"a branch's name must be a text that is not empty, got {name!r}", field="names")
+        if checked.count(name) > 1:
+            raise InvalidRequest(f"names must differ, {name!r} is there twice", field="names")
+    return checked

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from bough.backend import Delta
-from bough.errors import ProgramError
+from bough.errors import Cancelled, ProgramError
 from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, written
 from bough.waiting import until, until_async
 
@@ -156,18 +156,28 @@ def _text_steps(state: State) -> Iterator[str | None]:
     interpreter = state._interpreter
     for item in all_items(interpreter.trunk, Strand()):
         yield from _item_steps(state, item)
-    position = 0
+    position, strand = 0, interpreter.strand
     while True:
+        if interpreter.strand is not strand:  # rewound: the stream goes on with what was appended since
+            position, strand = 0, interpreter.strand
         finished = state._body_finished()  # read before the pieces: what is appended in between is seen
-        items, before = interpreter.strand.items, position
+        items, before = strand.items, position
         while position < len(items):
-            yield from _item_steps(state, items[position])
+            yield from _unless_rewound(state, strand, items[position])
             position += 1
         if finished:
             break
         if position == before:  # a turn that yielded read `finished` before a wait: look again rather than wait
             yield None
     state._raise_if_body_failed("its text was complete")
+
+
+def _unless_rewound(state: State, strand: Strand, item: Item) -> Iterator[str | None]:
+    try:
+        yield from _item_steps(state, item)
+    except Cancelled:
+        if state._interpreter.strand is strand:
+            raise
 
 
 def _variable_steps(state: State, name: str) -> Iterator[str | None]:

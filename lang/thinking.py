@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bough.constraint import Constraint
 from bough.errors import InvalidRequest
 from bough.expressions import Concat, Gen, Piece, ThoughtBegin, ThoughtEnd, gen
-from bough.pieces import Item, futures_of
+from bough.pieces import GenCall, Item, futures_of
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ class Thought:
             return  # the branch is poisoned, and every read says why
         for index in (index for span in self._forgotten for index in span):
             items[index] = ""  # not taken out: readers of the stream count pieces
+        for item in items[self._forgotten[0].start :]:
+            if isinstance(item, GenCall):
+                item.is_rewritten = True
         interpreter.lease.release()
         interpreter.lease.branch = self._lease.take()
         interpreter._sent = self._forgotten[0].start

@@ -8,7 +8,7 @@ from typing import Any
 
 from bough.backend import Generation
 from bough.errors import BoughError
-from bough.pieces import GenCall, Mark, SelectCall, Strand
+from bough.pieces import GenCall, Mark, Onward, SelectCall, Strand
 from bough.runtime.protocol import Selected, Usage
 from bough.waiting import wait
 
@@ -34,6 +34,10 @@ def _strand_lines(strand: Strand, totals: list[int]) -> list[str]:
         last = index == len(rows) - 1
         branch, rail = ("└─ ", "   ") if last else ("├─ ", "│  ")
         if isinstance(row, list):
+            if isinstance(row, Onward):
+                lines.append(f"{branch}{row.how}")
+                lines += [f"{rail}{line}" for line in _strand_lines(row[0], totals)]
+                continue
             lines.append(f"{branch}fork {len(row)}")
             for number, child in enumerate(row):
                 inner = _strand_lines(child, totals)
@@ -51,7 +55,7 @@ def _strand_lines(strand: Strand, totals: list[int]) -> list[str]:
 
 def _rows(strand: Strand) -> Iterator[str | GenCall | SelectCall | list[Strand]]:
     """Yield text (with the role it stands in), calls and forks in the order they were appended."""
-    forks = list(strand.forks)
+    forks = sorted(strand.forks, key=lambda fork: fork[0])
     role, text = "", ""
     for position, item in enumerate([*strand.items, None]):
         at_fork = bool(forks) and forks[0][0] == position

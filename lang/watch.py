@@ -244,11 +244,11 @@ class Watched:
             self._places.pop(branch, None)
         self._backend.release(branches)
 
-    def cancel(self, branch: Branch) -> Future[int]:
+    def cancel(self, branch: Branch, *, discard: bool = False) -> Future[int]:
         """End every operation of the branch and of its descendants."""
         for observer in self.watch.observers:
             observer.cancelled(self.run, self.path_of(branch))
-        return self._backend.cancel(branch)
+        return self._backend.cancel(branch, discard=discard)
 
     def _place(self, branch: Branch) -> Place:
         place = self._places.get(branch)

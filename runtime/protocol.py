@@ -356,11 +356,15 @@ class Rollback(_Message, frozen=True, tag="rollback"):
 
 
 class Cancel(_Message, frozen=True, tag="cancel"):
-    """Cancel the operation `target`, or every operation of `branch` and its descendants. Exactly one of the two."""
+    """Cancel the operation `target`, or every operation of `branch` and its descendants. Exactly one of the two.
+
+    discard: also drop from the cache what only the branch and its descendants have computed since its fork.
+    """
 
     op: int
     target: int | None = None
     branch: int | None = None
+    discard: bool = False
 
 
 class Release(_Message, frozen=True, tag="release"):
