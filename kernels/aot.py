@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bough.kernels import decode, gated_silu, logits, merge, prefill, rms_norm, rope, store_kv
+from bough.kernels import decode, draw, gated_silu, logits, merge, prefill, rms_norm, rope, store_kv
 from bough.kernels.tuning import SHARED_BYTES, Arch, AttentionConfig, decode_config, padded_head_dim, prefill_config
 
 ARCHS: tuple[Arch, ...] = ((8, 0), (9, 0))
@@ -57,6 +57,7 @@ LIMITS: dict[str, Limit] = {
     "store_kv": Limit(64, 1 << 10),
     "rotate_and_store": Limit(128, 4 << 10),
     "penalise": Limit(64, 1 << 10),
+    "draw": Limit(64, 4 << 10),
     "prepare_logits": Limit(64, 4 << 10),
 }
 
@@ -161,6 +162,10 @@ def _layer_variants(arch: Arch) -> Iterator[Variant]:
     types = {"logits": "*fp32", "indptr": "*i32", "token_ids": "*i32", "counts": "*i32", "biases": "*fp32",
              "repetition": "*fp32", "frequency": "*fp32", "presence": "*fp32", "stride": "i32"}  # fmt: skip
     yield Variant("penalise", arch, logits.penalise_kernel, types, {"BLOCK": logits.ENTRIES}, 4)
+    types = {"logits": "*fp32", "block_max": "*fp32", "block_sum": "*fp32", "block_argmax": "*i32",
+             "temperatures": "*fp32", "points": "*fp64", "tokens": "*i32"}  # fmt: skip
+    constants = {"VOCAB_SIZE": 128256, "NUM_BLOCKS": 126, "BLOCK_B": 128, "BLOCK": logits.BLOCK}
+    yield Variant("draw", arch, draw.draw_kernel, types, constants, 4)
     types = {"masks": "*i32", "mask_rows": "*i32", "temperatures": "*fp32", "out": "*fp32", "block_max": "*fp32",
              "block_sum": "*fp32", "block_argmax": "*i32", "stride": "i32", "mask_stride": "i32"}  # fmt: skip
     for dtype in ("bf16", "fp32"):

@@ -207,3 +207,14 @@ def prepare_logits(
     allowed = torch.where((mask_rows < 0).unsqueeze(1), True, bits[mask_rows.clamp(min=0)] != 0)
     masked = logits.float().masked_fill(~allowed, float("-inf"))
     return masked / temperatures.where(temperatures > 0, 1.0).unsqueeze(1)
+
+
+def draw(logits: torch.Tensor, temperatures: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Return (num_rows,) ids: argmax at temperature 0, else the first whose cumulative share is above the point.
+
+    logits: prepared, (num_rows, vocab_size). points: (num_rows,) in [0, 1). -1 where every token is forbidden.
+    """
+    ends = logits.double().softmax(-1).cumsum(-1)
+    inverted = torch.searchsorted(ends, points.unsqueeze(1), right=True).squeeze(1)
+    chosen = torch.where(temperatures > 0, inverted, logits.argmax(-1))
+    return torch.where(logits.isneginf().all(-1), -1, chosen)

@@ -33,6 +33,7 @@ REPRESENTATIVES = [
     "sm_90 store_kv_d80_fp8e4nv",
     "sm_90 rotate_and_store_d80_bf16_g1",
     "sm_90 penalise",
+    "sm_90 draw",
 ]
 
 

@@ -258,6 +258,6 @@ def test_a_sequence_of_128k_tokens(device: torch.device) -> None:
     )
     case = PagedCase(layout, q, k, v)
     kernels = kernels_for(case, exact_split=16_384)
-    narrow, prefill = (replace(config, block_n=4096) for config in (kernels.narrow, kernels.prefill))
+    narrow, prefill = (replace(config, block_n=1024) for config in (kernels.narrow, kernels.prefill))
     found = run_kernels(case, replace(kernels, narrow=narrow, prefill=prefill), device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
