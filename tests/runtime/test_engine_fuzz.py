@@ -234,6 +234,20 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.send(slot, kind, branch=branch, choices=choices, method=method, timeout_s=timeout_s, **options)
         self.go(steps)
 
+    @rule(slot=SLOT, pick=PICK, steps=st.integers(5, 12), cancel=st.booleans(), fork=st.booleans())
+    def stall(self, slot: int, pick: int, steps: int, cancel: bool, fork: bool) -> None:
+        """A reader that stops reading, and perhaps goes; perhaps with a fork that waits for it."""
+        branch = self.some_branch(slot, pick)
+        op = self.world.generate(slot, branch, stream=True, max_tokens=20, ignore_eos=True)
+        if fork:
+            self.world.send(slot, Fork, branch=branch, children=[self.next_branch])
+            self.world.generate(slot, self.next_branch)
+        self.go(steps)
+        if cancel:
+            self.world.send(slot, Cancel, branch=self.next_branch if fork else branch)
+            self.world.send(slot, Cancel, target=op)
+        self.next_branch += fork
+
     @rule(steps=st.integers(1, 3))
     def step(self, steps: int) -> None:
         self.go(steps)
