@@ -52,6 +52,7 @@ class Branch:
     seams: (length, bytes of the tail there, the one before) wherever something ended that no program wrote as text: a
     role, given tokens, what was drawn or selected. Only what comes after it may be drawn again.
     A branch is unborn, without log and tail, while the fork that makes it still waits for its parent.
+    born_len: how many tokens it was forked off with.
     children: those that something was sent for; broods: the others.
     """
 
@@ -60,6 +61,7 @@ class Branch:
 
     __slots__ = (
         "_life",
+        "born_len",
         "broods",
         "children",
         "current",
@@ -87,6 +89,7 @@ class Branch:
         self.seams: Seam | None = None
         self.num_draws = 0
         self.num_forked = 0
+        self.born_len = 0
         self._life = Life.UNBORN
         self.poison: Poison | None = None
         self.current: Operation | None = None
@@ -119,6 +122,7 @@ class Branch:
     def inherit(self, parent: Branch) -> None:
         """Take over everything `parent` holds now. O(1) in the length of its text."""
         self.log = parent.log.fork()
+        self.born_len = len(self.log)
         self.tail = parent.tail.copy()
         self.roles = parent.roles
         self.marks = parent.marks

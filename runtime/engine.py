@@ -49,6 +49,7 @@ from bough.runtime.protocol import (
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.selection import Selection
 from bough.runtime.session import Session
+from bough.runtime.vector import IntArray, common_prefix
 from bough.runtime.work import Generation, Work
 
 log = logging.getLogger(__name__)
@@ -408,6 +409,7 @@ class Engine:
         session = operation.session
         if (request.target is None) == (request.branch is None):
             raise RequestError("invalid_request", "cancel takes either target or branch")
+        start = None
         if request.target is not None:
             target = session.operations.get(request.target)
             doomed = [target] if target is not None and target.branch is not None else []
@@ -415,8 +417,28 @@ class Engine:
             assert request.branch is not None
             start = session.branches.get(request.branch)
             doomed = [op for branch in (start.descendants() if start else ()) for op in self._unfinished(branch)]
+        private = self._private_texts(start, doomed) if request.discard and start is not None else ()
         count = self.cancel_operations(doomed, RequestError("cancelled", "the operation was cancelled"))
+        for tokens, keep in private:
+            self.scheduler.cache.discard(session.namespace, tokens, keep)
         operation.end(Cancelled(op=request.op, count=count))
+
+    def _private_texts(self, start: Branch, doomed: Items[Operation]) -> list[tuple[IntArray, int]]:
+        """Return the texts of a branch and its descendants, and how many leading tokens of each others use too.
+
+        Those are what the branch was forked off with, and what a sibling happens to have in common with it.
+        """
+        if not start.is_born:
+            return []
+        born_len = start.born_len
+        siblings = start.parent.children.values() if start.parent is not None else ()
+        others = [other.log.since(born_len) for other in siblings if other is not start and other.is_born]
+        running = [sequence.tokens.view() for op in doomed if op.work is not None for sequence in op.work.sequences]
+        logs = [branch.log.array() for branch in reversed(start.descendants()) if branch.is_born]
+        return [
+            (text.copy(), born_len + max((common_prefix(other, text[born_len:]) for other in others), default=0))
+            for text in (*running, *logs)
+        ]
 
     def _unfinished(self, branch: Branch) -> list[Operation]:
         running = [branch.current] if branch.current is not None else []
@@ -502,6 +524,7 @@ class Engine:
             "generated_tokens": counters.generated_tokens,
             "steps": counters.steps,
             "evictions": cache.num_evictions,
+            "discarded_pages": cache.num_discarded,
             "preemptions": counters.preemptions,
             "rebuilds": counters.rebuilds,
             "total_pages": cache.num_pages,

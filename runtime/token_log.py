@@ -79,6 +79,15 @@ class TokenLog:
         assert self._own is not None, "the index is below the length"
         return int(self._own.view()[index])
 
+    def since(self, start: int) -> IntArray:
+        """Return the ids from position `start` on; O(1) in what comes before them."""
+        parts, position = [], 0
+        for segment in (*self._sealed, *((self._own.view(),) if self._own is not None else ())):
+            if position + len(segment) > start:
+                parts.append(segment[max(0, start - position) :])
+            position += len(segment)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
     def array(self, *more: Sequence[int] | IntArray) -> IntArray:
         """Return all ids, followed by `more`, as a new int32 array."""
         own = (self._own.view(),) if self._own is not None else ()

@@ -51,6 +51,7 @@ class PrefixCache:
         self.page_size = page_size
         self.enabled = enabled
         self.num_evictions = 0
+        self.num_discarded = 0  # pages
         self.allocator = PageAllocator(num_pages)
         self.tree = RadixTree(page_size, self.allocator)
 
@@ -58,6 +59,7 @@ class PrefixCache:
         """Return a cache over the same pages that knows nothing of this one's tree and leases."""
         empty = PrefixCache(self.num_pages, self.page_size, enabled=self.enabled)
         empty.num_evictions = self.num_evictions
+        empty.num_discarded = self.num_discarded
         return empty
 
     @property
@@ -136,6 +138,12 @@ class PrefixCache:
         self.tree.unlock(lease.node)
         self.allocator.release(lease.row.view())
         lease.row.truncate(0)
+
+    def discard(self, namespace: Hashable, tokens: IntArray, keep: int) -> int:
+        """Drop the cached prefix of `tokens` beyond its first `keep`, where nobody else uses it; return pages freed."""
+        freed = self.tree.discard(self.tree.match(namespace, tokens), keep)
+        self.num_discarded += freed
+        return freed
 
     def flush(self) -> int:
         """Drop every prefix that no lease needs; return how many pages became free."""

@@ -185,6 +185,21 @@ class RadixTree:
             freed += self._remove(node)
         return freed
 
+    def discard(self, match: Match, keep: int) -> int:
+        """Drop what only `match` goes through beyond its first `keep` tokens; return how many pages became free.
+
+        What somebody has locked, and what another prefix shares, stays.
+        """
+        freed = 0
+        node: Node | None = match.path[-1] if match.path and match.path[-1].end == match.length else None
+        while node is not None and node.is_evictable and node.end > keep:
+            if node.start < keep:
+                self._split(node, keep - node.start)
+            parent = node.parent
+            freed += self._remove(node)
+            node = parent
+        return freed
+
     # ------------------------------------------------------------------------------------------ steps
 
     def _split(self, node: Node, length: int) -> Node:

@@ -286,7 +286,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(slot=SLOT, pick=PICK)
     def cancel_below(self, slot: int, pick: int) -> None:
-        self.world.send(slot, Cancel, branch=self.some_branch(slot, pick))
+        self.world.send(slot, Cancel, branch=self.some_branch(slot, pick), discard=pick % 2 == 0)
 
     @rule(slot=SLOT, pick=PICK, tokens=st.integers(1, 6), steps=STEPS)
     def credit(self, slot: int, pick: int, tokens: int, steps: int) -> None:
