@@ -167,22 +167,25 @@ def _as_text(items: Sequence[Item]) -> Iterator[Any]:
 def mean_logprob(state: State) -> float:
     """Return the mean natural-log probability of the tokens that a state generated, its forks' past included.
 
-    The usual score of a branch; needs `return_logprob=True`. 0 for a state that generated nothing. Raises
-    InvalidRequest if a gen has no log-probabilities::
+    The usual score of a branch; of gens with `return_logprob=True`, and 0 for a state that generated nothing. Raises
+    InvalidRequest if it generated something, but none of it has log-probabilities::
 
         forks = s.fork(4)
         forks += bo.gen("answer", return_logprob=True)
         forks.best(bo.mean_logprob)
     """
-    total, number = 0.0, 0
+    total, number, without = 0.0, 0, None
     for item in state._interpreter.items():
         if isinstance(item, GenCall):
             meta = item.meta()
             first = meta[0] if isinstance(meta, list) else meta
-            if "output_token_logprobs" not in first:
-                raise InvalidRequest(
-                    f"gen {item.name or '(unnamed)'} has no log-probabilities: give return_logprob=True"
-                )
-            total += sum(logprob for logprob, *_ in first["output_token_logprobs"])
-            number += len(first["output_token_logprobs"])
+            logprobs = first.get("output_token_logprobs")
+            if logprobs is None:
+                without = item
+            else:
+                total += sum(logprob for logprob, *_ in logprobs)
+                number += len(logprobs)
+    if without is not None and not number:
+        name = without.name or "(unnamed)"
+        raise InvalidRequest(f"gen {name} has no log-probabilities: give return_logprob=True")
     return total / number if number else 0.0

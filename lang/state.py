@@ -27,6 +27,7 @@ from bough.pieces import (
 )
 from bough.running import begin, log_of
 from bough.sampling import DEFAULTS, Sampling, count
+from bough.searching import Searching
 from bough.streaming import Feed, Run, iterate, iterate_async
 from bough.travel import TimeTravel
 
@@ -44,7 +45,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="State")
 
 
-class State(AsyncReads, TimeTravel):
+class State(AsyncReads, TimeTravel, Searching):
     """One growing text with its variables.
 
     `s += text_or_expression` appends; `s["x"]` reads the variable x, waiting for it; `s.fork(n)` branches. A state may

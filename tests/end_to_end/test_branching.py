@@ -105,3 +105,21 @@ def test_a_whole_run_has_one_deadline(pocket: bo.Runtime) -> None:
 
     state = within(30, lambda: endless.run(backend=pocket, timeout=1.0))
     assert isinstance(state.error(), bo.Timeout)
+
+
+def test_beams_share_their_past_and_the_pruned_give_their_pages_back(pocket: bo.Runtime) -> None:
+    pocket.flush_cache()
+    s = bo.State(pocket)
+    s += "The captain looked at the sea and said that it was going to be a long night. " * 4
+    before = numbers(pocket)
+    beams = within(60, lambda: s.beam(2, bo.gen("x", max_tokens=6, ignore_eos=True), depth=3, branching=3))
+    after = numbers(pocket)
+    assert len(beams) == 2
+    scores = [bo.mean_logprob(b) for b in beams]
+    assert scores == sorted(scores, reverse=True)
+    assert after["generated_tokens"] - before["generated_tokens"] == 6 * (6 + 6 + 6)
+    # The prompt was computed once, and of every later gen only what no sibling had computed.
+    prompt = beams[0].get_meta_info("x")["prompt_tokens"]
+    assert after["computed_tokens"] - before["computed_tokens"] < prompt + 6 * 3 * 4
+    s.adopt(beams[0])
+    assert within(30, s.text) == beams[0].text()

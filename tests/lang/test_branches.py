@@ -166,9 +166,11 @@ def test_the_default_score_is_the_mean_log_probability() -> None:
     assert bo.mean_logprob(forks[0]) == 0.0
     forks.best()
     assert s["x"] == "a"
-    s += bo.gen("y")
+    plain = State(say("c"))
+    assert bo.mean_logprob(plain) == 0.0
+    plain += bo.gen("y")
     with pytest.raises(bo.InvalidRequest, match="gen y has no log-probabilities"):
-        bo.mean_logprob(s)
+        bo.mean_logprob(plain)
 
 
 def test_a_state_that_went_on_cannot_become_its_branch() -> None:
