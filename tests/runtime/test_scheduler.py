@@ -129,6 +129,26 @@ def test_every_schedule_gives_the_same_tokens_and_returns_every_page(
     assert bench.cache.allocator.num_free == pages
 
 
+def test_no_more_run_at_once_than_may() -> None:
+    bench = Bench(max_running=2)
+    for i in range(5):
+        bench.generate([10 * i + 1], 3)
+    most = 0
+    while bench.step():
+        most = max(most, len(bench.scheduler.running))
+    assert most == 2
+
+
+def test_what_was_preempted_takes_its_old_place_again() -> None:
+    bench = Bench()
+    first, second = bench.generate([1, 2], 9), bench.generate([3, 4], 9)
+    bench.step()
+    bench.scheduler.preempt(first)
+    assert bench.scheduler.running == [second]
+    bench.step()
+    assert bench.scheduler.running == [first, second], "the youngest is to be preempted next, not the one that just was"
+
+
 def test_a_second_identical_prompt_computes_only_its_last_token() -> None:
     bench = Bench()
     prompt = [1, 2, 3, 4, 5, 6, 7]
