@@ -343,13 +343,13 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 # What a run must have met, and how often at least, in ten thousand rules: a fuzz that meets nothing proves nothing.
+# What is rarer, and depends on the luck of the draw, has a test of its own in test_states.py.
 MUST_SEE = {
     "step": 3000,
     "hit": 100,
     "eviction": 300,
     "preemption": 20,
     "copy on write": 50,
-    "twin": 3,
     "shrink": 20,
     "death": 10,
     "delta": 300,
@@ -362,15 +362,9 @@ MUST_SEE = {
     "failed: overloaded": 20,
     "failed: protocol": 20,
     "failed: resource_exhausted": 20,
-    "failed: timeout": 3,
-    "cancel: queued": 3,
-    "cancel: unborn": 2,
     "cancel: waiting": 10,
     "cancel: prefill": 5,
     "cancel: decode": 5,
-    "cancel: preempted": 2,
-    "cancel: paused decode": 2,
-    "cancel: paused preempted": 2,
     "forced preemption: prefill": 5,
     "forced preemption: decode": 5,
     "forced preemption: paused decode": 5,
