@@ -50,18 +50,18 @@ def test_a_match_inside_a_page_copies_that_page_and_shares_those_before() -> Non
     assert (lease.copy.source, lease.copy.target, lease.copy.num_slots) == (pages[1], lease.row[1], 1)
 
 
-def test_where_edges_meet_inside_a_page_the_upper_one_names_a_page_that_holds_its_tokens() -> None:
+def test_where_a_leaf_begins_inside_a_leased_page_both_edges_name_the_leafs_copy_of_it() -> None:
     cache = PrefixCache(12, page_size=4)
-    first = filled(cache, ids(1, 2, 3, 4, 5, 6))[0]
-    one = filled(cache, ids(1, 2, 3, 4, 5, 6, 7, 8, 9))
-    other = filled(cache, ids(1, 2, 3, 4, 5, 6, 20, 21, 22))
-    lease = lease_of(cache, ids(1, 2, 3, 4, 5, 6, 99))
-    assert lease.matched == 6
-    assert lease.row[0] == first
-    assert lease.copy is not None
-    assert lease.copy.num_slots == 2
-    assert lease.copy.source in (one[1], other[1])
-    assert lease.copy.source not in (one[2], other[2])
+    short, long = ids(1, 2, 3, 4, 5, 6), ids(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    first = lease_of(cache, short)
+    cache.publish(first, short)
+    second = lease_of(cache, long)  # the first is still leased: its edge cannot simply grow
+    cache.publish(second, long)
+    third = lease_of(cache, ids(1, 2, 3, 4, 5, 6, 99))
+    assert third.matched == 6
+    assert third.copy is not None
+    assert (third.copy.source, third.copy.num_slots) == (second.row[1], 2)
+    cache.check_invariants([first, second, third])
 
 
 def test_a_twin_adopts_the_pages_of_the_tree_and_its_own_become_free() -> None:
