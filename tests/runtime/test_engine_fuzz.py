@@ -362,12 +362,6 @@ MUST_SEE = {
     "failed: overloaded": 20,
     "failed: protocol": 20,
     "failed: resource_exhausted": 20,
-    "cancel: waiting": 10,
-    "cancel: prefill": 5,
-    "cancel: decode": 5,
-    "forced preemption: prefill": 5,
-    "forced preemption: decode": 5,
-    "forced preemption: paused decode": 5,
 }
 
 
