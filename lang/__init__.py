@@ -17,7 +17,8 @@ streaming.py, awaiting.py are its parts) and appends *expressions* (expressions.
 *interpreter* (interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py):
 the runtime reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one;
 recovery.py and record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects,
-checkpoint.py, check.py and travel.py take a state back; joins.py, cells.py and race.py are how branches end.
+checkpoint.py, check.py and travel.py take a state back; joins.py, cells.py and race.py are how branches end; search.py
+and searching.py try many, peek.py looks ahead.
 reasoning.py parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. Whatever waits does so
 in waiting.py, on an event loop by way of onloop.py. batchruns.py, batch.py and abatch.py run many items; book.py,
 inflight.py, retries.py, items.py, results.py, progress.py, hub.py and loopthread.py are their parts. errors.py is the
@@ -115,6 +116,7 @@ from bough.program import Program, function
 from bough.reasoning import ReasoningFormat, separate_reasoning
 from bough.retries import Retries
 from bough.scripted import ScriptedBackend
+from bough.search import SearchNode, TreeSearch
 from bough.spellings import NOT_HERE, gen_int, gen_string, image, video
 from bough.state import State
 from bough.thinking import think
@@ -205,12 +207,14 @@ __all__ = [
     "RuntimeEndpoint",
     "RuntimeLost",
     "ScriptedBackend",
+    "SearchNode",
     "State",
     "Timeout",
     "Tool",
     "ToolCall",
     "ToolError",
     "ToolResult",
+    "TreeSearch",
     "Truncated",
     "UnknownVariable",
     "UnsupportedByBackend",

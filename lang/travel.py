@@ -77,6 +77,43 @@ class TimeTravel:
 
         return check(cast("State", self), predicate, retries, feedback)
 
+    def peek(self, k: int = 10) -> list[tuple[str, int, float]]:
+        """Return the `k` likeliest next tokens as (text, token id, natural-log probability), the likeliest first.
+
+        Nothing is appended and no later draw changes. Exact: of the model's own distribution, before temperature and
+        filters, for the text up to here. Waits for it; k is between 1 and 64::
+
+            for text, token_id, logprob in s.peek(3):
+                print(f"{math.exp(logprob):6.1%} {text!r}")
+        """
+        from bough.peek import peek
+
+        return [(text, token_id, logprob) for logprob, token_id, text in peek(cast("State", self), k).top]
+
+    def entropy(self) -> float:
+        """Return the entropy of the next token's whole distribution, in nats: how undecided the model is here.
+
+        Nothing is appended; see `peek`. Raises InvalidRequest on a backend that does not tell it::
+
+            if s.entropy() > 3:
+                s += bo.assistant("Let me think. " + bo.gen("thoughts"))
+        """
+        from bough.peek import entropy
+
+        return entropy(cast("State", self))
+
+    async def apeek(self, k: int = 10) -> list[tuple[str, int, float]]:
+        """Peek, leaving the event loop free; see `peek`."""
+        from bough.onloop import on_loop
+
+        return await on_loop(self.peek, k)
+
+    async def aentropy(self) -> float:
+        """Return the entropy, leaving the event loop free; see `entropy`."""
+        from bough.onloop import on_loop
+
+        return await on_loop(self.entropy)
+
     async def areplace(self, span: CheckpointSpan, text: str | Expression) -> int:
         """Replace, leaving the event loop free; see `replace`."""
         from bough.onloop import on_loop

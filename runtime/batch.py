@@ -99,7 +99,8 @@ class RowResult(msgspec.Struct, frozen=True):
     """What one row produced.
 
     token: the drawn id, None if the row asked for none. logprob: its natural-log probability under the model's
-    unmodified distribution; top: likelier-first (logprob, id) alternatives; both only if params.logprobs was given.
+    unmodified distribution; top: likelier-first (logprob, id) alternatives; entropy: of that distribution, in nats; all
+    only if params.logprobs was given.
     score_logprobs: (k,) float64 for score_ids.
     """
 
@@ -107,3 +108,4 @@ class RowResult(msgspec.Struct, frozen=True):
     logprob: float | None = None
     top: tuple[tuple[float, int], ...] = ()
     score_logprobs: npt.NDArray[np.float64] | None = None
+    entropy: float | None = None

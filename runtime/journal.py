@@ -128,11 +128,13 @@ def plan_digest(batch: Batch) -> bytes:
 
 def _packed(result: RowResult) -> list[Any]:
     scores = None if result.score_logprobs is None else result.score_logprobs.tolist()
-    return [result.token, result.logprob, [list(pair) for pair in result.top], scores]
+    fields = [result.token, result.logprob, [list(pair) for pair in result.top], scores]
+    return fields if result.entropy is None else [*fields, result.entropy]
 
 
 def unpacked(fields: list[Any]) -> RowResult:
     """Return the row's result that `Journal.step` wrote."""
-    token, logprob, top, scores = fields
+    token, logprob, top, scores, *entropy = fields
     pairs = tuple((float(value), int(other)) for value, other in top)
-    return RowResult(token, logprob, pairs, None if scores is None else np.array(scores, dtype=np.float64))
+    values = None if scores is None else np.array(scores, dtype=np.float64)
+    return RowResult(token, logprob, pairs, values, *entropy)

@@ -436,12 +436,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """A token with the natural log of its probability, and likelier-first alternatives as (logprob, id, text)."""
+    """A token with the natural log of its probability, and likelier-first alternatives as (logprob, id, text).
+
+    entropy: of the whole distribution it was drawn from, unmodified, in nats; None where that is not known.
+    """
 
     logprob: float
     token_id: int
     text: str
     top: list[tuple[float, int, str]] = []
+    entropy: float | None = None
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):

@@ -131,7 +131,7 @@ def _result(row: Row, draw: sampler.Draw | None, scores: npt.NDArray[np.float64]
         scores = np.zeros(0)
     if draw is None:
         return RowResult(score_logprobs=scores)
-    return RowResult(draw.token, draw.logprob, draw.top, scores)
+    return RowResult(draw.token, draw.logprob, draw.top, scores, draw.entropy)
 
 
 def attention_of(

@@ -27,11 +27,12 @@ _CANDIDATES = 256  # likeliest tokens that top-k and top-p look at before they s
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A drawn token; logprob and likelier-first alternatives (logprob, id) only where they were asked for."""
+    """A drawn token; logprob, likelier-first alternatives (logprob, id) and entropy only where they were asked for."""
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[float, int], ...] = ()
+    entropy: float | None = None
 
 
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks | None = None) -> list[Draw]:
@@ -105,7 +106,9 @@ def _result(token: int, logprobs: torch.Tensor | None, num_top: int | None) -> D
         return Draw(token)
     values, ids = logprobs.topk(min(num_top, len(logprobs)))
     pairs = zip(values.tolist(), ids.tolist(), strict=True)
-    return Draw(token, float(logprobs[token]), tuple(sorted(pairs, key=lambda pair: (-pair[0], pair[1]))))
+    top = tuple(sorted(pairs, key=lambda pair: (-pair[0], pair[1])))
+    entropy = -float(torch.special.xlogy(logprobs.exp(), logprobs.exp()).sum())
+    return Draw(token, float(logprobs[token]), top, entropy)
 
 
 def _is_modified(request: SampleRequest) -> bool:

@@ -211,7 +211,7 @@ class Generation:
             return TokenLogprob(0.0, token, self._tokenizer.decode([token]))
         assert result.logprob is not None, "log-probabilities were asked for"
         top = [(value, other, self._tokenizer.decode([other])) for value, other in result.top]
-        return TokenLogprob(result.logprob, token, self._tokenizer.decode([token]), top)
+        return TokenLogprob(result.logprob, token, self._tokenizer.decode([token]), top, result.entropy)
 
 
 Work: TypeAlias = Generation | Selection

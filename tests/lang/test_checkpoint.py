@@ -505,3 +505,18 @@ def test_thoughts_that_are_to_be_forgotten_and_going_back() -> None:
     s.rewind(mark)
     s += bo.assistant(bo.gen("n"))
     assert [m["content"] for m in s.messages()] == ["7"]
+
+
+def test_a_peek_appends_nothing() -> None:
+    backend = bo.ScriptedBackend(lambda text, params: "yes indeed" if text == "p" else "no")
+    s = State(backend)
+    s += "p"
+    assert [text for text, _, _ in s.peek(2)] == ["yes"]
+    assert s.text() == "p"
+    s += bo.gen("x")
+    assert s["x"] == "yes indeed"
+    assert backend.stats()["num_branches"] == 1
+    with pytest.raises(bo.InvalidRequest, match="does not tell the entropy"):
+        s.entropy()
+    with pytest.raises(bo.InvalidRequest, match="k must be between 1 and 64, got 0"):
+        s.peek(0)
