@@ -7,6 +7,7 @@ no thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -379,6 +380,12 @@ class Interpreter:
         own = items_after(self.trunk, self.strand, self._base)
         assert own is not None, "nothing goes back to before its own fork"
         return own
+
+    def flush_if_free(self) -> None:
+        """Flush, unless that had to wait; what is wrong with the text is raised where it is read."""
+        if self._undecided is None and self._thought is None:
+            with contextlib.suppress(BoughError):
+                self.flush()
 
     def wait(self) -> None:
         """Wait until the gens and selects of this branch are done, well or not."""

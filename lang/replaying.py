@@ -118,8 +118,10 @@ class Expected:
         self._rewinds: dict[tuple[Path, int], deque[RecordedOp]] = {}
         self._failures: dict[tuple[Path, int], BoughError] = {}
         self._lock = threading.Lock()
+        self._ends: dict[Path, int] = {}
         for op in run.ops:
             self._take(op)
+            self._ends[op.path] = max(op.index, self._ends.get(op.path, 0))
 
     def _take(self, op: RecordedOp) -> None:
         where = (op.path, op.index)
@@ -158,6 +160,10 @@ class Expected:
                         raise _mismatch(path, index, "role", known if known is not None else text, role)
                     rendered.append(text)
             return Extended(0, self._lengths.get(where, 0), rendered)
+
+    def is_beyond(self, path: Path, index: int) -> bool:
+        """Whether the branch's record ends before this: text after the last gen is sent when somebody asks for it."""
+        return path in self._ends and index > self._ends[path]
 
     def _consume(self, path: Path, index: int, texts: deque[tuple[str | None, str]], text: str) -> None:
         role, known = texts.popleft() if texts else (None, "")
@@ -257,6 +263,8 @@ class Checker(Observer):
         try:
             expected = self._expected_of(op.run)
             if op.kind == "extend":
+                if expected.is_beyond(op.path, op.index):
+                    return None
                 expected.text(op.path, op.index, op.request["parts"])
             elif op.kind == "rewind":
                 expected.rewind(op.path, op.index, op.request["length"])

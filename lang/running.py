@@ -99,10 +99,21 @@ def log_of(backend: Backend) -> EventLog:
 class Running:
     """`with Running(state, program, args, kwargs):` around a body: programs that it runs belong to its run."""
 
-    __slots__ = ("_args", "_backend", "_kwargs", "_outer_backend", "_outer_seeds", "_program", "_sampling", "_seeds")
+    __slots__ = (
+        "_args",
+        "_backend",
+        "_interpreter",
+        "_kwargs",
+        "_outer_backend",
+        "_outer_seeds",
+        "_program",
+        "_sampling",
+        "_seeds",
+    )
 
     def __init__(self, state: State, program: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         interpreter = state._interpreter
+        self._interpreter = interpreter
         self._backend = interpreter.backend
         self._seeds = interpreter.seeds
         self._sampling = interpreter.sampling
@@ -123,4 +134,6 @@ class Running:
         seeds.leave(self._outer_seeds)
         default_backend.leave(self._outer_backend)
         if isinstance(self._backend, Watched):
+            if error is None:
+                self._interpreter.flush_if_free()  # so that what is recorded holds the end of the text as well
             self._backend.body_ended(error)

@@ -300,7 +300,7 @@ def _of_pydantic(type: Any) -> tuple[Schema, Callable[[str], Any]]:
         ) from None
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(type)
-        schema = _tightened(adapter.json_schema(schema_generator=_generator()))
+        schema = dict(_tightened(adapter.json_schema(schema_generator=_generator())))  # it may be _JSON itself
         if _JSON in _values(schema):
             schema.setdefault("$defs", {})["JSON"] = ANY
     except (PydanticUserError, TypeError, NameError, AttributeError) as error:

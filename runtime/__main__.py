@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
     report = _reporter(options.status_fd)
+    if options.status_fd is None:
+        print(f"bough serve: loading {options.model}", file=sys.stderr)
     try:
         _serve(options, report)
     except RequestError as error:
@@ -107,6 +109,8 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         gc.collect()
         gc.freeze()  # what start-up made lives for ever: keep it out of every later collection
         report(phase="ready", address=endpoint.address, pid=os.getpid())
+        if options.status_fd is None:
+            print(f"bough serve: {options.model} serves on {endpoint.address}; Ctrl-C ends it", file=sys.stderr)
         log.info("serving %s on %s", options.model, endpoint.address)
         server.run()
 
@@ -120,6 +124,9 @@ def _build(
     is_orphaned: Callable[[], bool],
     report: Callable[..., None],
 ) -> Server:
+    from bough.runtime.models.folder import resolve_model
+
+    folder = resolve_model(options.model)
     # These import torch: after the arguments are known to be good.
     from bough.runtime.cache.prefix_cache import PrefixCache
     from bough.runtime.composer import Composer
@@ -128,14 +135,12 @@ def _build(
     from bough.runtime.grammar.vetting import Limits, Vetter
     from bough.runtime.grammar.vocabulary import Vocabulary
     from bough.runtime.inflight import Executor, InFlight
-    from bough.runtime.models.folder import resolve_model
     from bough.runtime.prompter import Prompter
     from bough.runtime.runner import load_runner
     from bough.runtime.scheduler import Scheduler
     from bough.runtime.text.chat import load_chat_template
     from bough.runtime.text.tokenizer import load_tokenizer
 
-    folder = resolve_model(options.model)
     runner = load_runner(
         folder,
         dtype=options.dtype,

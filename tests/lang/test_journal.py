@@ -82,6 +82,28 @@ def test_a_replay_repeats_the_run_on_the_model(tmp_path: Path) -> None:
     assert everything(bo.replay(tmp_path / "j", backend=model())) == everything(state), "the journal names its program"
 
 
+@bo.function
+def ends_with_text(s: bo.State, question: str) -> None:
+    s += bo.user(question) + bo.assistant(bo.gen("answer", max_tokens=4))
+
+
+def test_the_text_after_the_last_gen_is_in_a_journal_that_nobody_waited_for(tmp_path: Path) -> None:
+    state = ends_with_text.run("Why?", backend=model(), journal=tmp_path / "j")
+    assert state["answer"] == bo.replay(tmp_path / "j", ends_with_text, backend=model())["answer"]
+    again = ends_with_text.run("Why?", backend=bo.ReplayBackend(tmp_path / "j"))
+    assert again.text() == state.text()
+
+
+def test_a_journal_that_was_read_before_its_last_text_was_written_is_replayed(tmp_path: Path) -> None:
+    ends_with_text.run("Why?", backend=model(), journal=tmp_path / "j").sync()
+    with open(tmp_path / "j", "rb") as file:
+        records = list(msgpack.Unpacker(file))
+    assert [record["kind"] for record in records if record["t"] == "op"] == ["extend", "gen", "extend"]
+    last = max(i for i, record in enumerate(records) if record["t"] == "op")
+    (tmp_path / "cut").write_bytes(b"".join(msgpack.packb(record) for record in records[:last]))
+    assert bo.replay(tmp_path / "cut", ends_with_text, backend=model()).error() is None
+
+
 @pytest.mark.parametrize("target", ["plan", "draft", "many", "last", "x"])
 def test_a_replay_names_the_first_token_that_differs(tmp_path: Path, target: str) -> None:
     journal_of(tmp_path / "j")

@@ -27,6 +27,12 @@ from bough.schemas import Reading
 from bough.typed import shape_of
 
 
+def test_object_is_any_json_and_spoils_no_later_type() -> None:
+    assert shape_of(object).read('{"a": [1]}') == {"a": [1]}
+    assert json.loads(Reading(object).schema) == json.loads(Reading(object).schema)
+    assert shape_of(list[Any]).read("[1, null]") == [1, None]
+
+
 class Color(enum.Enum):
     RED = "red"
     GREEN = "green"
