@@ -27,7 +27,7 @@ from bough.progress import Progress
 from bough.results import ResultsFile, keys_of
 from bough.retries import Retries, retries_from
 from bough.sampling import Sampling
-from bough.seeds import seeds_of_run
+from bough.seeds import of_item, seed_of_batch
 from bough.streaming import Feed
 from bough.waiting import current_body
 
@@ -98,8 +98,7 @@ class Batch:
         self._calls = calls
         self._backend = backend
         self._sampling = sampling
-        # In the order of the items, so that which one is faster changes no text.
-        self._seeds = [seeds_of_run(sampling.params.seed, backend).run for _ in calls]
+        self._seed = seed_of_batch(sampling.params.seed, backend)
         self._results: deque[ItemState] = deque()
         self._lock = threading.Lock()  # of the file and the progress bar
         self._file: ResultsFile | None = None
@@ -128,8 +127,8 @@ class Batch:
         return state, self._calls[index]
 
     def _sampling_of(self, index: int) -> Sampling:
-        params = msgspec.structs.replace(self._sampling.params, seed=self._seeds[index])
-        return replace(self._sampling, params=params)
+        params = msgspec.structs.replace(self._sampling.params, seed=of_item(self._seed, index))
+        return replace(self._sampling, params=params, batch_seed=self._seed)
 
     def ended(self, state: ItemState) -> None:
         """Take in that a try has ended; its state is done. Hands the result over, or has it tried again."""

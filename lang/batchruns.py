@@ -101,7 +101,9 @@ class BatchRuns:
                 print(state.index, state.error() or state["answer"])
 
         Whatever goes wrong in one item, in the program or in the backend, is that state's `error()` and costs no other
-        item anything. `state.index` is the item's place; defaults for the gens are given as to `run`.
+        item anything. `state.index` is the item's place; defaults for the gens are given as to `run`. With `seed=` each
+        item has a seed of its own, which follows from that and its index: equal items draw different texts, and the
+        same ones the next time.
 
         max_in_flight (SGLang: num_threads): most items in flight at once. Fewer are if more would not fit the runtime's
         KV cache, by what the items so far needed. They share a few threads: an item gives its thread up where it reads.

@@ -88,9 +88,10 @@ class BlockingRead(InvalidRequest):
 
 
 class Truncated(BoughError):
-    """A constrained gen ended before its text was whole: `details["text"]` is what there is, `finish_reason` says why.
+    """A gen ended before its text was whole: `details["text"]` is what there is, `finish_reason` says why.
 
-    More `max_tokens`, or `on_limit="close"`, prevents it. The text stays in the state.
+    Raised for what is held to a grammar, and where `on_limit` asks for it. More `max_tokens`, `on_limit="continue"` or
+    `on_limit="close"` prevents it. The text stays in the state.
     """
 
 

@@ -50,6 +50,7 @@ class Gen(Expression):
     n: int | None
     timeout_s: float | None
     constraint: Constraint | None = None
+    heal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +154,14 @@ def gen(
     type: Any = None,
     dtype: type[Any] | None = None,
     on_limit: OnLimit | None = None,
+    on_truncation: OnLimit | None = None,
+    heal: bool | None = None,
     timeout: float | None = None,
     **unsupported: object,
 ) -> Gen | Select:
     """Let the model write here, and call what it writes `name`.
 
-    What it writes can be held to one of these, and is whole or raises Truncated where it is read:
+    What it writes can be held to one of these:
 
     *   `regex`: a regular expression (`bough.rx` says of which dialect);
     *   `json_schema`: a JSON schema, as a dict, its JSON text or a pydantic model; the result is the JSON text;
@@ -166,7 +169,20 @@ def gen(
     *   `type`: a type, of which the result is a value: `gen("age", type=int)`, `gen("who", type=list[Person])`;
     *   `dtype`: int, float, str or bool as in SGLang; the result is a text.
 
-    `on_limit="close"` has a text that meets `max_tokens` closed in the shortest way that the grammar allows.
+    `on_limit` (also called `on_truncation`) says what comes of a text that meets `max_tokens`, or the end of the
+    model's context, before it ends by itself or by a stop:
+
+    *   `"return"`: it is read as it is, and `get_meta_info(name)["finish_reason"]` tells; the default of free text;
+    *   `"raise"`: reading it raises Truncated, whose details hold the text; the default of what is held to a grammar;
+    *   `"continue"`: the model goes on to the text's own end, for at most 16 times `max_tokens`, within the context and
+        the run's budget; if that is not enough, reading it raises Truncated;
+    *   `"close"`: it is closed in the shortest way that its grammar allows.
+
+    The text itself, streams of it and what follows it are the same with all of them but "continue" and "close".
+
+    `heal=False` takes the prompt's last token as it is. Otherwise, where the vocabulary has longer tokens that begin
+    with the text of the last ones, those are drawn again together with what follows, so that it does not matter where
+    a prompt ends ("http:" is followed by "//"). Never a role's text, or tokens that the model drew.
 
     None means the run's default, then `SamplingParams`' (128 tokens, temperature 1). `n` > 1 gives a list of n values;
     the text goes on with the first (with a `seed`, the i-th uses seed + i). `timeout` is in seconds. With `choices`
@@ -199,13 +215,21 @@ def gen(
     }
     if choices is not None:
         held = {"regex": regex, "json_schema": json_schema, "grammar": grammar, "type": type, "dtype": dtype}
-        return _gen_as_select(name, choices, choices_method, timeout, {**given, "n": n, **held, "on_limit": on_limit})
+        other = {"n": n, **held, "on_limit": on_limit, "on_truncation": on_truncation, "heal": heal}
+        return _gen_as_select(name, choices, choices_method, timeout, {**given, **other})
     if choices_method is not None:
         raise InvalidRequest("choices_method needs choices", field="choices_method")
+    if on_truncation is not None:
+        if on_limit is not None:
+            raise InvalidRequest("on_truncation is another name of on_limit: give one of them", field="on_truncation")
+        on_limit = on_truncation
+    if heal not in (None, True, False):
+        raise InvalidRequest(f"heal must be True or False, got {heal!r}", field="heal")
     constraint = None
     if any(value is not None for value in (regex, json_schema, grammar, type, dtype, on_limit)):
         constraint = _constraint(name, given, regex, json_schema, grammar, type, dtype, on_limit)
-    return Gen(_variable(name), sampling_overrides(given), count("n", n), seconds("timeout", timeout), constraint)
+    overrides = sampling_overrides(given)
+    return Gen(_variable(name), overrides, count("n", n), seconds("timeout", timeout), constraint, heal is not False)
 
 
 def _constraint(

@@ -193,7 +193,13 @@ class Interpreter:
             timeout_s = self._time_left(gen.timeout_s)
             replies.append(
                 self.backend.generate(
-                    branch, params, name=gen.name, on_delta=on_delta, timeout_s=timeout_s, grammar=grammar
+                    branch,
+                    params,
+                    name=gen.name,
+                    on_delta=on_delta,
+                    timeout_s=timeout_s,
+                    grammar=grammar,
+                    heal=gen.heal,
                 )
             )
         if n > 1:

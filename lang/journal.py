@@ -5,7 +5,7 @@ before anybody can read the result that it holds, so that a journal of a program
 
     {"t": "journal", "format": 1, "bough": version, "time": Unix time}
     {"t": "run", "run": id, "outer": id | None, "seed", "title", "backend", "module", "name", "args", "kwargs",
-     "params", "n", "timeout_s"}
+     "params", "n", "timeout_s", "batch_seed"}
     {"t": "op", "run": id, "path": [child, ...], "index", "kind", "name", "request": {...}, "result": {...} | "error"}
     {"t": "end", "run": id, "error": None | {"type", "message"}}
 """
@@ -99,6 +99,7 @@ class JournalWriter(Observer):
                 "params": msgspec.to_builtins(ours.params),
                 "n": ours.n,
                 "timeout_s": ours.timeout_s,
+                "batch_seed": ours.batch_seed,
             }
         )
 
@@ -167,13 +168,14 @@ class RecordedRun(msgspec.Struct):
     params: dict[str, Any]
     n: int
     timeout_s: float | None
+    batch_seed: int | None = None
     ops: list[RecordedOp] = []
 
     @property
     def lacks(self) -> list[str]:
         """The arguments that could not be recorded."""
         given = [*((str(i), value) for i, value in enumerate(self.args)), *self.kwargs.items()]
-        return [name for name, value in given if _lacks(value)]
+        return [name for name, value in given if lacks(value)]
 
 
 class Journal:
@@ -263,10 +265,11 @@ def _unpacked(value: dict[str, Any]) -> Any:
     return value
 
 
-def _lacks(value: Any) -> bool:
+def lacks(value: Any) -> bool:
+    """Return whether a recorded value has a part that could not be recorded."""
     if isinstance(value, dict):
-        return _UNKNOWN in value or any(map(_lacks, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_lacks, value))
+        return _UNKNOWN in value or any(map(lacks, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(lacks, value))
 
 
 def plain(value: Any) -> Any:

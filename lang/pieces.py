@@ -148,7 +148,7 @@ class SelectCall:
     def meta(self) -> dict[str, Any]:
         """Wait for the scores of all choices and what the call cost."""
         selected = result_of(self.reply)
-        rows = [_triples(tokens) for tokens in selected.logprobs]
+        rows = [triples_of(tokens) for tokens in selected.logprobs]
         return {
             **_usage(selected.usage),
             "index": selected.index,
@@ -199,7 +199,7 @@ class DecidedCall(SelectCall):
         return self._decision
 
     def _decide(self, selected: Selected) -> ChoicesDecision | BoughError:
-        rows = [_triples(tokens) for tokens in selected.logprobs]
+        rows = [triples_of(tokens) for tokens in selected.logprobs]
         alone = selected.unconditional
         try:
             decision = self._method(
@@ -430,7 +430,7 @@ def _generation_meta(done: Generation) -> dict[str, Any]:
         "token_ids": list(done.token_ids),
     }
     if done.logprobs is not None:
-        meta["output_token_logprobs"] = _triples(done.logprobs)
+        meta["output_token_logprobs"] = triples_of(done.logprobs)
         meta["output_top_logprobs"] = [token.top for token in done.logprobs]
     return meta
 
@@ -439,7 +439,8 @@ def _usage(usage: Usage) -> dict[str, Any]:
     return {field: getattr(usage, field) for field in usage.__struct_fields__}
 
 
-def _triples(tokens: Sequence[TokenLogprob]) -> list[tuple[float, int, str]]:
+def triples_of(tokens: Sequence[TokenLogprob]) -> list[tuple[float, int, str]]:
+    """Return log-probability, token id and text of each token, as SGLang gives them."""
     return [(token.logprob, token.token_id, token.text) for token in tokens]
 
 

@@ -478,9 +478,10 @@ class Playback:
 class ReplayBackend(Playback):
     """Plays a journal back, without a model: the double of a backend in tests of the program around it.
 
-    A run takes its seed from the journal, in the order of the recorded runs, unless it has one; what it asks for must
-    be what was asked for then, else the read of it raises ReplayMismatch. Texts, log-probabilities, usage and failures
-    are the recorded ones. Raises InvalidRequest for a file that is no journal, or an empty one::
+    A run takes its seed from the journal, in the order of the recorded runs, unless it has one; the items of a batch
+    are matched by their index, in whatever order they begin. What a run asks for must be what was asked for then, else
+    the read of it raises ReplayMismatch. Texts, log-probabilities, usage and failures are the recorded ones. Raises
+    InvalidRequest for a file that is no journal, or an empty one::
 
         state = program.run("What is 17 + 25?", backend=bo.ReplayBackend("run.journal"))
     """
@@ -495,6 +496,10 @@ class ReplayBackend(Playback):
         """Return the seed of the next recorded run."""
         with self._lock:
             return next(self._seeds, None)
+
+    def batch_seed(self) -> int | None:
+        """Return the seed of the recorded batch; None if no batch was recorded."""
+        return self.journal.runs[0].batch_seed
 
     def begin_run(self, title: str, seeds: Seeds) -> Backend:
         """Return what plays the run with this seed back. Raises ReplayMismatch if the journal has none."""

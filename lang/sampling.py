@@ -36,12 +36,13 @@ NOT_SUPPORTED: Final = frozenset({"ebnf"})
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What one `run` uses where a `gen` says nothing."""
+    """What one `run` uses where a `gen` says nothing. batch_seed: of the batch that it is an item of."""
 
     params: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     timeout_s: float | None = None
     watching: Watching | None = None
+    batch_seed: int | None = None
 
     def params_with(self, overrides: Mapping[str, Any]) -> SamplingParams:
         """Return the parameters with some replaced. Raises InvalidRequest if they contradict each other."""

@@ -53,6 +53,24 @@ def seeds_of_run(given: int | None, backend: object) -> Seeds:
     return Seeds(int.from_bytes(os.urandom(8), "little") >> 1 if seed is None else seed)
 
 
+def seed_of_batch(given: int | None, backend: object) -> int:
+    """Return the seed of a batch, from which each item has its own: found as a run's is.
+
+    A backend's `batch_seed()`, where it has one, returns None or the one that somebody fixed for its next batch.
+    """
+    if given is None and _OUTER.get() is None:
+        batch_seed = getattr(backend, "batch_seed", None)
+        found: int | None = None if batch_seed is None else batch_seed()
+        if found is not None:
+            return found
+    return seeds_of_run(given, backend).run
+
+
+def of_item(batch_seed: int, index: int) -> int:
+    """Return the seed of a batch's item, the same whenever it begins and however often it is tried."""
+    return derived(batch_seed, "item", index)
+
+
 def enter(seeds: Seeds) -> Token[Seeds | None]:
     """Make a run the one around those that this context starts from now on."""
     return _OUTER.set(seeds)

@@ -6,7 +6,7 @@ Appending never waits; a variable waits when it is read, and raises there what w
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from bough.awaiting import AsyncReads
 from bough.backend import Backend
@@ -28,7 +28,7 @@ from bough.pieces import (
 from bough.running import begin, log_of
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.searching import Searching
-from bough.streaming import Feed, Run, iterate, iterate_async
+from bough.streaming import Feed, Run, iterate, iterate_async, iterate_with_meta
 from bough.travel import TimeTravel
 
 if TYPE_CHECKING:
@@ -310,11 +310,28 @@ class State(AsyncReads, TimeTravel, Searching):
             return iterate(self, self._feed, var_name)
         return iter([self.text() if var_name is None else written(self._find(var_name))])
 
-    def text_async_iter(self, var_name: str | None = None) -> AsyncIterator[str]:
-        """Yield the text (or one variable's) as it comes, leaving the event loop free."""
-        if self._feed is not None:
-            return iterate_async(self, self._feed, var_name)
-        return self._text_once(var_name)
+    @overload
+    def text_async_iter(
+        self, var_name: str | None = None, return_meta_data: Literal[False] = False
+    ) -> AsyncIterator[str]: ...
+    @overload
+    def text_async_iter(
+        self, var_name: str, return_meta_data: Literal[True]
+    ) -> AsyncIterator[tuple[str, dict[str, Any]]]: ...
+    def text_async_iter(self, var_name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
+        """Yield the text (or one variable's) as it comes, leaving the event loop free.
+
+        return_meta_data: yield pairs of a variable's text and what is known by then: a dict with the token_ids (and
+        output_token_logprobs, where asked for) of this piece, completion_tokens so far, and finish_reason None. The
+        last pair has what is left of the text, if anything, and all of `get_meta_info`.
+        """
+        if return_meta_data and var_name is None:
+            raise InvalidRequest("return_meta_data needs the name of a variable", field="return_meta_data")
+        if self._feed is None:
+            return self._text_once(var_name, return_meta_data)
+        if var_name is not None and return_meta_data:
+            return iterate_with_meta(self, self._feed, var_name)
+        return iterate_async(self, self._feed, var_name)
 
     def value_iter(self, name: str) -> Iterator[Any]:
         """Yield what a variable's value is known to be so far, while it is written; the last is the whole value.
@@ -333,10 +350,13 @@ class State(AsyncReads, TimeTravel, Searching):
 
         return growing_async(self, name)
 
-    async def _text_once(self, name: str | None) -> AsyncIterator[str]:
-        if name is not None:
-            await self.get(name)
-        yield await self.atext() if name is None else written(self._find(name))
+    async def _text_once(self, name: str | None, with_meta: bool) -> AsyncIterator[Any]:
+        if name is None:
+            yield await self.atext()
+            return
+        await self.get(name)
+        text = written(self._find(name))
+        yield (text, self.get_meta_info(name)) if with_meta else text
 
     def events(self, start: int = 0) -> Iterator[Event]:
         """Yield what happens in the whole run, on all branches, as it happens; from event number `start` on.

@@ -12,17 +12,19 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from bough.backend import Delta
 from bough.errors import Cancelled, ProgramError
-from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, written
+from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, triples_of, written
 from bough.waiting import until, until_async
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Task
 
     from bough.state import State
+
+T = TypeVar("T")
 
 _body_of: Final[ContextVar[Run | None]] = ContextVar("bough_body_of", default=None)
 
@@ -133,19 +135,27 @@ def iterate(state: State, feed: Feed, name: str | None) -> Iterator[str]:
             yield chunk
 
 
-async def iterate_async(state: State, feed: Feed, name: str | None) -> AsyncIterator[str]:
+def iterate_async(state: State, feed: Feed, name: str | None) -> AsyncIterator[str]:
     """Yield the text, or one variable's, as it comes, leaving the event loop free."""
-    steps = _steps(state, name)
+    return _awaiting(_steps(state, name), feed)
+
+
+def iterate_with_meta(state: State, feed: Feed, name: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Yield pieces of a variable's text with what is known by then; the last time with its whole meta information."""
+    return _awaiting(_meta_steps(state, name), feed)
+
+
+async def _awaiting(steps: Iterator[T | None], feed: Feed) -> AsyncIterator[T]:
     while True:
         seen = feed.version
         try:
-            chunk = next(steps)
+            step = next(steps)
         except StopIteration:
             return
-        if chunk is None:
+        if step is None:
             await feed.wait_async(seen)
-        elif chunk:
-            yield chunk
+        elif step:
+            yield step
 
 
 def _steps(state: State, name: str | None) -> Iterator[str | None]:
@@ -180,11 +190,15 @@ def _unless_rewound(state: State, strand: Strand, item: Item) -> Iterator[str | 
             raise
 
 
-def _variable_steps(state: State, name: str) -> Iterator[str | None]:
+def _until_assigned(state: State, name: str) -> Iterator[None]:
     while name not in state:
         if state._body_finished() and name not in state:
             state._raise_unknown(name)
         yield None
+
+
+def _variable_steps(state: State, name: str) -> Iterator[str | None]:
+    yield from _until_assigned(state, name)
     value = state._variables[name]
     if isinstance(value, GenCall) and value.chunks is not None:
         yield from _item_steps(state, value)
@@ -193,6 +207,37 @@ def _variable_steps(state: State, name: str) -> Iterator[str | None]:
         while not all(future.done() for future in value.futures()):
             yield None
     yield written(value)
+
+
+def _meta_steps(state: State, name: str) -> Iterator[tuple[str, dict[str, Any]] | None]:
+    yield from _until_assigned(state, name)
+    value, length, num_tokens = state._variables[name], 0, 0
+    if isinstance(value, GenCall) and value.chunks is not None:
+        for delta in _delta_steps(value, value.chunks):
+            if delta is None:
+                yield None
+                continue
+            length += len(delta.text)
+            num_tokens += len(delta.token_ids)
+            yield delta.text, _meta_so_far(delta, num_tokens)
+        yield value.text()[length:], state.get_meta_info(name)
+        return
+    if isinstance(value, LAZY):
+        while not all(future.done() for future in value.futures()):
+            yield None
+    meta = state.get_meta_info(name)  # first: what has none is refused
+    yield written(value), meta
+
+
+def _meta_so_far(delta: Delta, num_tokens: int) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "finish_reason": None,
+        "completion_tokens": num_tokens,
+        "token_ids": list(delta.token_ids),
+    }
+    if delta.logprobs is not None:
+        meta["output_token_logprobs"] = triples_of(delta.logprobs)
+    return meta
 
 
 def _item_steps(state: State, item: Item) -> Iterator[str | None]:
@@ -211,16 +256,25 @@ def _item_steps(state: State, item: Item) -> Iterator[str | None]:
 
 
 def _chunk_steps(call: GenCall, chunks: list[Delta]) -> Iterator[str | None]:
-    position = length = 0
+    length = 0
+    for delta in _delta_steps(call, chunks):
+        if delta is None:
+            yield None
+        else:
+            length += len(delta.text)
+            yield delta.text
+    yield call.text()[length:]
+
+
+def _delta_steps(call: GenCall, chunks: list[Delta]) -> Iterator[Delta | None]:
+    position = 0
     while True:
         done = call.replies[0].done()  # read before the chunks: deltas arrive before the end
         before = position
         while position < len(chunks):
-            length += len(chunks[position].text)
-            yield chunks[position].text
+            yield chunks[position]
             position += 1
         if done:
-            break
+            return
         if position == before:  # else the reader may have taken its time, and `done` be out of date
             yield None
-    yield call.text()[length:]

@@ -74,7 +74,7 @@ def _written(text: str) -> tuple[Piece, ...]:
         return (text,) if text else ()
     wire = protocol.Grammar(kind="choices", source=json.dumps([text]), jump_forward=False)
     overrides = {"max_tokens": 4 * len(text), "temperature": 0.0}
-    return (Gen(None, overrides, 1, None, Constraint(wire, is_whole_or_error=False)),)
+    return (Gen(None, overrides, 1, None, Constraint(wire, on_limit="return")),)
 
 
 class Thought:

@@ -90,15 +90,19 @@ class Toolbox:
         """Return the answer in what the model wrote without calls."""
         return text_answer(text) if self.format == "text" else template_answer(text)
 
-    def call(self, calls: Sequence[ToolCall], on_error: OnError = "feed") -> list[ToolResult]:
+    def call(
+        self, calls: Sequence[ToolCall], on_error: OnError = "feed", state: State | None = None
+    ) -> list[ToolResult]:
         """Carry out calls beside each other; return their results in order.
+
+        state: has the results in its run's journal (see `State.recorded`), so that a replay needs no tools.
 
         A call of no tool, arguments that do not fit, or a function that raises: with on_error="feed" the result holds
         the ToolError and its text says it to the model; with "raise" the first one is raised, when all have ended.
         """
         if on_error not in ON_ERROR:
             raise InvalidRequest(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}", field="on_error")
-        results = self._call_all(calls)
+        results = self._call_all(calls) if state is None else self._recorded(state, calls)
         if on_error == "raise":
             for result in results:
                 if result.error is not None:
@@ -130,7 +134,7 @@ class Toolbox:
                 if name is not None:
                     state[name] = answer
                 return ToolRun(answer, results, number)
-            found = self.call(calls, on_error)
+            found = self.call(calls, on_error, state)
             results.extend(found)
             self.tell(state, found)
         return ToolRun(None, results, limit)
@@ -141,6 +145,17 @@ class Toolbox:
         return gen(variable, **options)
 
     # ------------------------------------------------------------------------------------------ calling
+
+    def _recorded(self, state: State, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Carry out the calls of a turn as one recorded value: which of them ends first is not the program's."""
+        results: list[ToolResult] = []
+
+        def carry_out() -> list[dict[str, Any]]:
+            results.extend(self._call_all(calls))
+            return [_kept(result) for result in results]
+
+        kept = state.recorded("tools", carry_out)
+        return results or [_from_kept(call, result) for call, result in zip(calls, kept, strict=True)]
 
     def _call_all(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         if not calls:
@@ -195,3 +210,17 @@ def _failed(call: ToolCall, raised: Exception) -> ToolResult:
         error = ToolError(f"{call.name} failed: {type(raised).__name__}: {raised}", tool=call.name)
         error.__cause__ = raised
     return ToolResult(call, f"error: {error}", None, error)
+
+
+def _kept(result: ToolResult) -> dict[str, Any]:
+    """Return a result as a journal can hold it."""
+    error = result.error
+    return {"text": result.text, "value": result.value, "error": None if error is None else error.message}
+
+
+def _from_kept(call: ToolCall, kept: dict[str, Any]) -> ToolResult:
+    """Return a recorded result; of a value that a journal cannot hold, there is the text alone."""
+    from bough.journal import lacks
+
+    error = None if kept["error"] is None else ToolError(kept["error"], tool=call.name)
+    return ToolResult(call, kept["text"], None if lacks(kept["value"]) else kept["value"], error)

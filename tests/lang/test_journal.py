@@ -266,3 +266,58 @@ def test_a_recorded_value_that_raises_raises_again(tmp_path: Path) -> None:
     again = asks.run(backend=bo.ReplayBackend(tmp_path / "j"))
     assert again.ret_value == "BackendError", "the class of a foreign exception is not a journal's to make"
     assert asks.run(backend=model()).ret_value == "ZeroDivisionError"
+
+
+@bo.function
+def says(s: bo.State, what: str, turns: list[int]) -> None:
+    turns.append(0)
+    s += what + bo.gen("x")
+
+
+def test_items_of_a_batch_are_played_back_whatever_order_they_begin_in(tmp_path: Path) -> None:
+    items = [{"what": "?", "turns": []} for _ in range(6)]
+    for name, given in (("seeded", {"seed": 3}), ("drawn", {})):
+        first = says.run_batch(items, backend=model(), max_in_flight=1, journal=tmp_path / name, **given)
+        texts = [state["x"] for state in first]
+        assert len(set(texts)) == 6, "equal items draw different texts"
+        journal = bo.Journal(tmp_path / name)
+        journal._runs = dict(reversed(journal._runs.items()))  # as if they had begun the other way round
+        for again in (given, {}):
+            backend = bo.ReplayBackend(journal)
+            assert [state["x"] for state in says.run_batch(items, backend=backend, **again)] == texts
+    assert [state["x"] for state in says.run_batch(items, backend=model(), seed=3)] == [
+        state["x"] for state in says.run_batch(items, backend=bo.ReplayBackend(tmp_path / "seeded"), seed=3)
+    ]
+
+
+def test_tools_are_not_called_again(tmp_path: Path) -> None:
+    called: list[str] = []
+
+    def look(key: str) -> dict[str, str]:
+        called.append(key)
+        if key == "nothing":
+            raise KeyError(key)
+        return {"found": key}
+
+    def thing(key: str) -> object:
+        called.append(key)
+        return object
+
+    @bo.function
+    def agent(s: bo.State, question: str) -> Any:
+        s.tools([look, thing])
+        s += bo.user(question)
+        return s.run_tools(name="answer")
+
+    turns = ["Action: look[a]\nAction: look[nothing]\nAction: thing[b]", "Answer: done"]
+    first = agent.run("?", backend=bo.ScriptedBackend({"answer": turns}), journal=tmp_path / "j")
+    text = first.text()
+    assert sorted(called) == ["a", "b", "nothing"]
+    again = agent.run("?", backend=bo.ReplayBackend(tmp_path / "j"))
+    assert bo.replay(tmp_path / "j", agent, backend=bo.ScriptedBackend({"answer": turns})).text() == text
+    assert sorted(called) == ["a", "b", "nothing"], "not again"
+    assert again.text() == text
+    results = again.ret_value.results
+    assert [result.text for result in results] == [result.text for result in first.ret_value.results]
+    assert [result.value for result in results] == [{"found": "a"}, None, None]
+    assert isinstance(results[1].error, bo.ToolError)

@@ -205,3 +205,39 @@ def test_deltas_carry_token_ids_and_log_probabilities() -> None:
     assert "".join(delta.text for delta in deltas) == done.text
     assert [token for delta in deltas for token in delta.token_ids] == done.token_ids
     assert [token for delta in deltas for token in delta.logprobs or ()] == done.logprobs
+
+
+# ------------------------------------------------------------------------------------------------ with meta information
+
+
+def test_pieces_come_with_what_is_known_by_then() -> None:
+    @bo.function
+    def program(s: bo.State) -> None:
+        s += "Count: " + bo.gen("x", return_logprob=True) + bo.select("y", ["a", "b"])
+        s["z"] = "plain"
+
+    async def pairs(name: str, *, stream: bool) -> tuple[list[Any], Any]:
+        state = await program.arun(backend=bo.ScriptedBackend({"x": "one two three", "y": "b"}), stream=stream)
+        return [pair async for pair in state.text_async_iter(name, return_meta_data=True)], state
+
+    streamed, state = asyncio.run(pairs("x", stream=True))
+    assert "".join(text for text, _ in streamed) == "one two three"
+    *parts, (left, last) = streamed
+    assert [text for text, _ in parts] == ["one", " two", " three"]
+    assert left == ""
+    assert [meta["completion_tokens"] for _, meta in parts] == [1, 2, 3]
+    assert {meta["finish_reason"] for _, meta in parts} == {None}
+    assert [token for _, meta in parts for token in meta["token_ids"]] == last["token_ids"]
+    assert [token for _, meta in parts for token in meta["output_token_logprobs"]] == last["output_token_logprobs"]
+    assert last == state.get_meta_info("x")
+    assert last["finish_reason"] == "stop"
+
+    ((text, meta),), state = asyncio.run(pairs("y", stream=True))
+    assert (text, meta) == (state["y"], state.get_meta_info("y"))
+    ((text, meta),), state = asyncio.run(pairs("x", stream=False))
+    assert (text, meta) == ("one two three", state.get_meta_info("x"))
+    for stream in (True, False):
+        with pytest.raises(bo.InvalidRequest, match="'z' is not the result of a gen"):
+            asyncio.run(pairs("z", stream=stream))
+    with pytest.raises(bo.InvalidRequest, match="return_meta_data needs the name"):
+        state.text_async_iter(None, return_meta_data=True)
