@@ -276,7 +276,8 @@ def says(s: bo.State, what: str, turns: list[int]) -> None:
 
 def test_items_of_a_batch_are_played_back_whatever_order_they_begin_in(tmp_path: Path) -> None:
     items = [{"what": "?", "turns": []} for _ in range(6)]
-    for name, given in (("seeded", {"seed": 3}), ("drawn", {})):
+    seeded: dict[str, Any] = {"seed": 3}
+    for name, given in (("seeded", seeded), ("drawn", {})):
         first = says.run_batch(items, backend=model(), max_in_flight=1, journal=tmp_path / name, **given)
         texts = [state["x"] for state in first]
         assert len(set(texts)) == 6, "equal items draw different texts"
