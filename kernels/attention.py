@@ -14,6 +14,8 @@ import torch
 
 from bough.kernels import cpu_attention, native_attention
 from bough.kernels.layout import PagedLayout
+from bough.kernels.paged_kv import PagedKV
+from bough.kernels.reference import quantise
 
 __all__ = ["Attention", "Implementation", "PagedLayout", "Plan", "choose_attention", "paged_attention", "store_kv"]
 
@@ -77,26 +79,26 @@ def choose_attention(
     return Attention(num_heads, num_kv_heads, head_dim, "native" if works else "torch", share)
 
 
-def paged_attention(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan, scale: float
-) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> torch.Tensor:
     """Attend each query to the keys at its own and earlier positions of its sequence (see `reference`).
 
-    q: (num_tokens, num_heads, head_dim). k_pages, v_pages: (num_pages, page_size, num_kv_heads, head_dim), same dtype
-    as q, contiguous; the new tokens' KV is already in them. Returns (num_tokens, num_heads, head_dim) in q's dtype.
-    Slots that hold no token of the sequence are never read, whatever is in them.
+    q: (num_tokens, num_heads, head_dim). kv: pages in q's dtype or int8; the new tokens' KV is already in them.
+    Returns (num_tokens, num_heads, head_dim) in q's dtype. Slots that hold no token of the sequence are never read,
+    whatever is in them.
     """
     if isinstance(plan, native_attention.Plan):
-        return native_attention.run(q, k_pages, v_pages, plan, scale)
-    return cpu_attention.run(q, k_pages, v_pages, plan, scale)
+        return native_attention.run(q, kv, plan, scale)
+    return cpu_attention.run(q, kv, plan, scale)
 
 
-def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write new keys and values into their slots, in place.
+def store_kv(k: torch.Tensor, v: torch.Tensor, kv: PagedKV, slots: torch.Tensor) -> None:
+    """Write new keys and values into their slots, in place, quantised if the pages are (see `reference.quantise`).
 
     k, v: (num_tokens, num_kv_heads, head_dim). slots: (num_tokens,) int64, page * page_size + offset, all different.
     """
-    k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, slots, k)
-    v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, slots, v)
+    for values, pages, scales in ((k, kv.k, kv.k_scales), (v, kv.v, kv.v_scales)):
+        stored = values
+        if scales is not None:
+            stored, row_scales = quantise(values, pages.dtype)
+            scales.flatten(0, 1).index_copy_(0, slots, row_scales)
+        pages.flatten(0, 1).index_copy_(0, slots, stored)

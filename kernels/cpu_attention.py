@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bough.kernels.paged_kv import PagedKV
+
 QUERY_BLOCK = 16
 KEY_CHUNK = 128
 _GROUP_ELEMENTS = 1 << 19  # keys' elements gathered at a time: 2 MB of float32, which stay in the cache
@@ -160,21 +162,19 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def run(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+def run(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> torch.Tensor:
     """Compute one layer's attention; arguments as in `attention.paged_attention`."""
     out = torch.empty_like(q)
     for prefill in plan.prefills:
         end = prefill.token + prefill.num_new
-        out[prefill.token : end] = _prefill(q[prefill.token : end], k_pages, v_pages, prefill, plan, scale)
+        out[prefill.token : end] = _prefill(q[prefill.token : end], kv, prefill, plan, scale)
     if plan.decode is not None:
         tokens = plan.decode.tokens
-        out[tokens] = _decode(q[tokens], k_pages, v_pages, plan.decode, plan, scale)
+        out[tokens] = _decode(q[tokens], kv, plan.decode, plan, scale)
     return out
 
 
-def _prefill(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, prefill: _Prefill, plan: Plan, scale: float
-) -> torch.Tensor:
+def _prefill(q: torch.Tensor, kv: PagedKV, prefill: _Prefill, plan: Plan, scale: float) -> torch.Tensor:
     num_kv_heads, head_dim = plan.num_kv_heads, q.shape[-1]
     group = plan.num_heads // num_kv_heads
     first = prefill.start // QUERY_BLOCK  # the block that holds the first new position
@@ -185,8 +185,10 @@ def _prefill(
     # (block, kv head, group * row, channel): the heads that share keys are rows of one product
     blocks = rows.view(num_blocks, QUERY_BLOCK, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     blocks = blocks.reshape(num_blocks, num_kv_heads, group * QUERY_BLOCK, head_dim)
-    keys = k_pages.view(-1, num_kv_heads, head_dim).index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
-    values = v_pages.view(-1, num_kv_heads, head_dim).index_select(0, prefill.slots).transpose(0, 1).unsqueeze(0)
+    keys, values = (
+        _of_slots(*stored, prefill.slots, q.dtype).transpose(0, 1).unsqueeze(0)
+        for stored in ((kv.k, kv.k_scales), (kv.v, kv.v_scales))
+    )
     out = torch.empty_like(blocks)
     for j in range(num_blocks):
         end = (first + j + 1) * QUERY_BLOCK
@@ -197,9 +199,15 @@ def _prefill(
     return out.reshape(-1, plan.num_heads, head_dim)[skipped : skipped + len(q)]
 
 
-def _decode(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, decode: _Decode, plan: Plan, scale: float
+def _of_slots(
+    pages: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
+    """Return what some slots hold, (num_slots, num_kv_heads, head_dim) in `dtype`."""
+    read = pages.flatten(0, 1).index_select(0, slots)
+    return read if scales is None else (read * scales.flatten(0, 1).index_select(0, slots).unsqueeze(-1)).to(dtype)
+
+
+def _decode(q: torch.Tensor, kv: PagedKV, decode: _Decode, plan: Plan, scale: float) -> torch.Tensor:
     """Attend one query per sequence: (num_seqs, num_heads, head_dim), all sums in float32."""
     num_kv_heads, head_dim = plan.num_kv_heads, q.shape[-1]
     group, num_items = plan.num_heads // num_kv_heads, len(decode.owner)
@@ -208,7 +216,7 @@ def _decode(
     queries = queries.index_select(1, decode.owner)
     parts = _Parts.empty(num_kv_heads, num_items, group, head_dim)
     step = max(1, _GROUP_ELEMENTS // (KEY_CHUNK * num_kv_heads * head_dim))
-    gathered = _Gathered(k_pages, v_pages, min(step, num_items))
+    gathered = _Gathered(kv, min(step, num_items))
     for begin in range(0, num_items, step):
         end = min(begin + step, num_items)
         slots, bias = decode.slots[begin:end], decode.bias[begin:end]
@@ -247,26 +255,28 @@ class _Gathered:
     Fresh memory for each would be mapped and cleared by the kernel each time: 31 against 14 ms at 32 items a turn.
     """
 
-    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor, most_items: int) -> None:
-        self._k, self._v = (pages.view(-1, pages.shape[2] * pages.shape[3]) for pages in (k_pages, v_pages))
-        self._shape = (KEY_CHUNK, k_pages.shape[2], k_pages.shape[3])
-        self._raw = torch.empty(most_items * KEY_CHUNK, self._k.shape[1], dtype=k_pages.dtype)
-        self._wide = self._raw if k_pages.dtype == torch.float32 else torch.empty(self._raw.shape)
+    def __init__(self, kv: PagedKV, most_items: int) -> None:
+        self._kv = kv
+        self._shape = (KEY_CHUNK, kv.num_kv_heads, kv.head_dim)
+        self._raw = torch.empty(most_items * KEY_CHUNK, *self._shape[1:], dtype=kv.k.dtype)
+        self._wide = self._raw if kv.k.dtype == torch.float32 else torch.empty(self._raw.shape)
 
     def keys(self, slots: torch.Tensor) -> torch.Tensor:
         """Return (num_items, KEY_CHUNK, num_kv_heads, head_dim) float32, valid until the next call."""
-        return self._read(self._k, slots)
+        return self._read(self._kv.k, self._kv.k_scales, slots.view(-1))
 
     def values(self, slots: torch.Tensor) -> torch.Tensor:
         """Return the values like `keys`."""
-        return self._read(self._v, slots)
+        return self._read(self._kv.v, self._kv.v_scales, slots.view(-1))
 
-    def _read(self, source: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        raw, wide = self._raw[: slots.numel()], self._wide[: slots.numel()]
-        torch.index_select(source, 0, slots.view(-1), out=raw)
+    def _read(self, pages: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
+        raw, wide = self._raw[: len(slots)], self._wide[: len(slots)]
+        torch.index_select(pages.flatten(0, 1), 0, slots, out=raw)
         if raw.dtype != torch.float32:
             wide.copy_(raw)
-        return wide.view(len(slots), *self._shape)
+        if scales is not None:
+            wide.mul_(scales.flatten(0, 1).index_select(0, slots).unsqueeze(-1))
+        return wide.view(-1, *self._shape)
 
 
 def _attend_items(

@@ -19,6 +19,7 @@ import torch
 from bough.kernels import reference
 from bough.kernels.layout import PagedLayout
 from bough.kernels.native_library import LANES, native_library
+from bough.kernels.paged_kv import PagedKV
 from bough.kernels.units import Units, plan_units
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class _Args(ctypes.Structure):
     """The struct of the same name in native/attention.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "acc", "stat")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scales", "v_scales", "out", "acc", "stat")),
         *((name, ctypes.c_void_p) for name in ("pages", "positions", "rows", "units", "levels")),
         *((name, ctypes.c_int32) for name in ("num_levels", "num_heads", "num_kv_heads", "dim", "page_size")),
         ("is_bf16", ctypes.c_int32),
@@ -81,16 +82,17 @@ def make_plan(layout: PagedLayout, num_heads: int, num_kv_heads: int, head_dim: 
     return Plan(units, arrays, acc, stat, args)
 
 
-def run(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+def run(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> torch.Tensor:
     """Compute one layer's attention; arguments as in `attention.paged_attention`."""
     library = native_library()
     assert library is not None, "a plan is made where the library is"
     assert q.shape == plan.acc.shape, "the queries are those of the plan"
-    assert all(x.is_contiguous() for x in (q, k_pages, v_pages)), "arrays are read in place"
-    assert q.dtype == k_pages.dtype == v_pages.dtype, "queries and KV are of one type"
+    assert q.is_contiguous(), "arrays are read in place"
+    assert kv.k.dtype in (q.dtype, torch.int8), "queries and KV are of one type, or KV is int8"
     out = torch.empty_like(q)
     args = plan.args
-    args.q, args.k, args.v, args.out = q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr()
+    args.q, args.k, args.v, args.out = q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), out.data_ptr()
+    args.k_scales, args.v_scales = (None if x is None else x.data_ptr() for x in (kv.k_scales, kv.v_scales))
     args.is_bf16, args.scale = q.dtype == torch.bfloat16, scale
     library.bough_attention(ctypes.byref(args))
     return out
@@ -112,10 +114,15 @@ def _agrees(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     shape = (64, page_size, num_kv_heads, head_dim)
     k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     q = torch.randn(sum(num_new), num_heads, head_dim, generator=generator).to(dtype)
-    found = run(q, k, v, make_plan(layout, num_heads, num_kv_heads, head_dim), head_dim**-0.5)
+    plan = make_plan(layout, num_heads, num_kv_heads, head_dim)
     qo_indptr, kv_indptr, kv_indices, lens = map(
         torch.from_numpy, (layout.qo_indptr, layout.kv_indptr, layout.kv_indices, layout.kv_lens)
     )
-    wide = (q.double(), k.double(), v.double())
-    exact = reference.paged_attention(*wide, qo_indptr, kv_indptr, kv_indices, lens, head_dim**-0.5)
-    return bool((found.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max())
+    (k_bytes, k_scales), (v_bytes, v_scales) = (reference.quantise(x, torch.int8) for x in (k, v))
+    for kv in (PagedKV(k, v), PagedKV(k_bytes, v_bytes, k_scales, v_scales)):
+        found = run(q, kv, plan, head_dim**-0.5)
+        wide = (q.double(), *reference.dequantised(kv))
+        exact = reference.paged_attention(*wide, qo_indptr, kv_indptr, kv_indices, lens, head_dim**-0.5)
+        if not bool((found.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()):
+            return False
+    return True

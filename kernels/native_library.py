@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 LANES: Final = 16
 """Sizes of rows and heads must be multiples of this."""
+VERSION: Final = 2
+"""Of the structs that the functions take; a library built before they changed must not be called."""
 _FUNCTIONS: Final = ("bough_attention", "bough_add_rms_norm", "bough_split_rotate_store", "bough_gated_silu")
 
 
@@ -31,7 +33,11 @@ def native_library() -> Any:
         library = ctypes.CDLL(spec.origin)
         for name in _FUNCTIONS:
             getattr(library, name).restype = None
+        built = library.bough_version()
     except (OSError, AttributeError) as error:
         log.warning("the compiled kernels cannot be used, PyTorch does their work: %s", error)
+        return None
+    if built != VERSION:
+        log.warning("the compiled kernels are of another version (%d, not %d): install bough again", built, VERSION)
         return None
     return library

@@ -14,6 +14,8 @@ import torch
 
 from bough.kernels.attention import store_kv
 from bough.kernels.native_library import LANES, native_library
+from bough.kernels.paged_kv import PagedKV
+from bough.kernels.reference import dequantised
 
 _MAX_HEAD_DIM: Final = 256
 _DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -52,8 +54,7 @@ class RowOps(Protocol):
     def split_rotate_store(
         self,
         qkv: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        kv: PagedKV,
         rotation: Rotation,
         norms: HeadNorms | None,
         eps: float,
@@ -61,7 +62,8 @@ class RowOps(Protocol):
         """Return the rotated queries (num_tokens, num_heads, head_dim); write keys and values into their slots.
 
         qkv: (num_tokens, (num_heads + 2 num_kv_heads) head_dim). Channels i and i + head_dim / 2 of a head are turned
-        by the token's angle (RoPE, arXiv:2104.09864), after the head norms if there are any.
+        by the token's angle (RoPE, arXiv:2104.09864), after the head norms if there are any. int8 pages get what would
+        be stored otherwise, quantised as `reference.quantise` says.
         """
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -81,20 +83,19 @@ class TorchRows:
     def split_rotate_store(
         self,
         qkv: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        kv: PagedKV,
         rotation: Rotation,
         norms: HeadNorms | None,
         eps: float,
     ) -> torch.Tensor:
         """See `RowOps`."""
-        num_kv_heads, head_dim = k_pages.shape[2:]
+        num_kv_heads, head_dim = kv.num_kv_heads, kv.head_dim
         heads = qkv.view(len(qkv), -1, head_dim)
         num_heads = heads.shape[1] - 2 * num_kv_heads
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if norms is not None:
             q, k = _normed(q, norms.q, eps), _normed(k, norms.k, eps)
-        store_kv(_rotated(k, rotation), v, k_pages, v_pages, rotation.slots)
+        store_kv(_rotated(k, rotation), v, kv, rotation.slots)
         return _rotated(q, rotation).contiguous()
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -128,7 +129,7 @@ class _Split(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "q_weight", "k_weight", "cosine", "sine", "slots")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scales", "v_scales")),
         *((name, ctypes.c_int32) for name in ("num_tokens", "num_heads", "num_kv_heads", "dim", "is_bf16")),
         ("eps", ctypes.c_float),
     )
@@ -153,18 +154,17 @@ class NativeRows:
     def split_rotate_store(
         self,
         qkv: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        kv: PagedKV,
         rotation: Rotation,
         norms: HeadNorms | None,
         eps: float,
     ) -> torch.Tensor:
         """See `RowOps`."""
-        num_kv_heads, head_dim = k_pages.shape[2:]
+        num_kv_heads, head_dim = kv.num_kv_heads, kv.head_dim
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         q = torch.empty(len(qkv), num_heads, head_dim, dtype=qkv.dtype)
         q_weight, k_weight = (None, None) if norms is None else norms
-        tensors = (qkv, q_weight, k_weight, *rotation, q, k_pages, v_pages)
+        tensors = (qkv, q_weight, k_weight, *rotation, q, kv.k, kv.v, kv.k_scales, kv.v_scales)
         split = _Split(
             *(None if t is None else t.data_ptr() for t in tensors),
             *(len(qkv), num_heads, num_kv_heads, head_dim, qkv.dtype == torch.bfloat16, eps),
@@ -203,10 +203,15 @@ def _agrees(dtype: torch.dtype) -> bool:
         HeadNorms(some(32), some(32)),
         Rotation(torch.rand(3, 16), torch.rand(3, 16), torch.tensor([5, 0, 9])),
     )
-    results = []
+    results, stored = [], []
     for ops in (NativeRows(), TorchRows()):
         k, v = torch.zeros(2, 4, 4, 2, 32, dtype=dtype)
-        q = ops.split_rotate_store(qkv, k, v, rotation, norms, 1e-6)
-        results.append((*ops.add_norm(x.clone(), delta, weight, 1e-6), q, k, v, ops.gated_silu(gate_up)))
+        small = PagedKV(*torch.zeros(2, 4, 4, 2, 32, dtype=torch.int8), *torch.zeros(2, 4, 4, 2))
+        q = ops.split_rotate_store(qkv, PagedKV(k, v), rotation, norms, 1e-6)
+        again = ops.split_rotate_store(qkv, small, rotation, norms, 1e-6)
+        results.append((*ops.add_norm(x.clone(), delta, weight, 1e-6), q, again, k, v, ops.gated_silu(gate_up)))
+        stored.append(dequantised(small))
     limit = 4 * torch.finfo(dtype).eps
-    return all(torch.allclose(a.float(), b.float(), rtol=limit, atol=limit) for a, b in zip(*results, strict=True))
+    agree = all(torch.allclose(a.float(), b.float(), rtol=limit, atol=limit) for a, b in zip(*results, strict=True))
+    # A last bit that differs may round to the next of 127 steps.
+    return agree and all(torch.allclose(a, b, rtol=limit, atol=0.04) for a, b in zip(*stored, strict=True))

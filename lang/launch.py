@@ -24,10 +24,12 @@ class Runtime:
     """A runtime process of this program's own; a backend, and a context manager.
 
     model: "pocket" (the bundled one), a model folder, or a hub id. dtype: "float32" or "bfloat16"; device: "cpu" or
-    "cuda"; None lets the runtime choose. page_size: tokens per page of the KV cache; max_total_tokens: tokens the cache
-    holds; token_budget: most tokens of one step; max_running: most sequences of one step. schedule_policy: "lpm"
-    (longest cached prefix first) or "fcfs". radix_cache=False shares nothing between requests. seed: of everything
-    sampled without a seed of its own. start_timeout: seconds until the runtime must serve.
+    "cuda"; None lets the runtime choose. kv_dtype: "int8" keeps keys and values as int8 with a scale per token and
+    head, so that about twice as many tokens fit (four times with float32); the default keeps them in dtype. page_size:
+    tokens per page of the KV cache; max_total_tokens: tokens the cache holds; token_budget: most tokens of one step;
+    max_running: most sequences of one step. schedule_policy: "lpm" (longest cached prefix first) or "fcfs".
+    radix_cache=False shares nothing between requests. seed: of everything sampled without a seed of its own.
+    start_timeout: seconds until the runtime must serve.
 
     exact=True: a token's keys and values have the same bits however they came about, computed with a prompt or while
     generating (slower). Without it, what is sampled may change where two tokens are almost equally likely, when a text
@@ -54,6 +56,7 @@ class Runtime:
         *,
         model_path: str | os.PathLike[str] | None = None,
         dtype: str | None = None,
+        kv_dtype: str | None = None,
         device: str | None = None,
         page_size: int = 16,
         max_total_tokens: int | None = None,
@@ -83,6 +86,7 @@ class Runtime:
             seed = int.from_bytes(os.urandom(8), "little") >> 2  # each process must have the same
         options = runtime_options(
             dtype=dtype,
+            kv_dtype=kv_dtype,
             device=device,
             page_size=page_size,
             max_total_tokens=max_total_tokens,
@@ -248,7 +252,7 @@ def runtime_options(**given: Any) -> list[str]:
     if given["page_size"] is None:
         raise InvalidRequest("page_size must be a whole number of at least 1, got None", field="page_size")
     for name, allowed in _ALLOWED.items():
-        if given[name] is not None and given[name] not in allowed:
+        if given.get(name) is not None and given[name] not in allowed:
             raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}", field=name)
     for name in ("radix_cache", "exact"):
         if not isinstance(given[name], bool):
@@ -263,6 +267,7 @@ def runtime_options(**given: Any) -> list[str]:
 
 _ALLOWED = {
     "dtype": ("float32", "bfloat16"),
+    "kv_dtype": ("auto", "int8"),
     "schedule_policy": ("lpm", "fcfs"),
     "log_level": ("debug", "info", "warning", "error"),
 }

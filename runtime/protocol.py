@@ -474,6 +474,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     has_tools: bool = False
     """Whether the chat template tells of tools."""
     seed: int | None = None
+    kv_dtype: str = ""
+    """The type in which keys and values are kept."""
 
 
 class Ok(_Message, frozen=True, tag="ok"):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from bough.kernels.attention import Attention, Implementation, choose_attention
+from bough.kernels.paged_kv import QUANTISED_DTYPES
 from bough.runtime import sampler
 from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 from bough.runtime.cache.kv_pool import KVPool
@@ -36,7 +37,8 @@ class Runner:
     """Executes batches on one device.
 
     config: the model's. num_pages, page_size: of the pool. vocab_size, context_len: the model's limits. dtype, device:
-    names, such as "bfloat16" and "cpu". model, pool: the parts, for tests and tools; only `execute` writes the pool.
+    names, such as "bfloat16" and "cpu"; kv_dtype: likewise, of the pool. model, pool: the parts, for tests and tools;
+    only `execute` writes the pool.
     exact: what was drawn and is computed again (after its KV was evicted, or in a new runtime) has the same bits.
     Native attention gives that anyway; otherwise prefill then attends as decode does, token by token.
     """
@@ -57,6 +59,7 @@ class Runner:
         self.vocab_size = model.config.vocab_size
         self.context_len = model.config.context_len
         self.dtype = str(dtype).removeprefix("torch.")
+        self.kv_dtype = str(pool.dtype).removeprefix("torch.")
         self.device = device.type
         self.model = model
         self.pool = pool
@@ -163,6 +166,7 @@ def load_runner(
     exact: bool = False,
     attention: Implementation | None = None,
     share_prefixes: bool = True,
+    kv_dtype: str | None = None,
 ) -> Runner:
     """Load a checkpoint's folder and return its runner, not yet warm.
 
@@ -172,23 +176,24 @@ def load_runner(
     multiplies bfloat16, else float32. device: "cpu" or None. num_pages: of the pool; None takes
     ceil(max_total_tokens / page_size). max_total_tokens None: a quarter of the memory available now, but at most
     64 * context_len and 131,072 tokens, and at least one whole context. One token takes
-    2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. on_progress(done_bytes, total_bytes) is called
-    while weights load. exact: a token's bits do not tell whether it was prefilled or drawn. attention: "native",
-    "torch" or None for what works here. share_prefixes: attend what sequences have in common once for all of them.
+    2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. kv_dtype: "int8" stores keys and values as
+    int8 with a float32 scale for each token and head, (head_dim + 4) bytes; None or "auto": in dtype.
+    on_progress(done_bytes, total_bytes) is called while weights load. exact: a token's bits do not tell whether it was
+    prefilled or drawn. attention: "native", "torch" or None for what works here. share_prefixes: attend what sequences
+    have in common once for all of them.
 
     Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument.
     """
     config = ModelConfig.from_folder(folder)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config)
+    kv = _kv_dtype(kv_dtype, torch_dtype)
     if num_pages is None:
-        num_pages = -(-_total_tokens(max_total_tokens, config, torch_dtype) // page_size)
+        num_pages = -(-_total_tokens(max_total_tokens, config, kv) // page_size)
     begin = time.perf_counter()
     with torch.inference_mode(), Weights(folder, config, torch_dtype, on_progress) as weights:
         model = Llama(config, weights)
-    pool = KVPool(
-        config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, torch_dtype, torch_device
-    )
+    pool = KVPool(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, kv, torch_device)
     log.info(
         "loaded %s (%s, %s) in %.1f s; %d pages of %d tokens, %.0f MB when all are used",
         *(folder, config.architecture, torch_dtype, time.perf_counter() - begin, num_pages, page_size),
@@ -216,6 +221,14 @@ def _dtype(name: str | None, config: ModelConfig) -> torch.dtype:
     return torch.float32 if _DTYPES[name] == "float32" else torch.bfloat16
 
 
+def _kv_dtype(name: str | None, dtype: torch.dtype) -> torch.dtype:
+    if name not in (None, "auto", "int8"):
+        raise RequestError(
+            "invalid_request", f"kv_dtype must be one of auto, int8, got {name!r}", field="kv_dtype", value=name
+        )
+    return torch.int8 if name == "int8" else dtype
+
+
 def _multiplies_bfloat16() -> bool:
     """Tell whether this CPU has bfloat16 products; without them bfloat16 is emulated and slower than float32."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
@@ -229,7 +242,8 @@ def _total_tokens(asked: int | None, config: ModelConfig, dtype: torch.dtype) ->
                 "invalid_request", f"max_total_tokens must be at least 1, got {asked}", field="max_total_tokens"
             )
         return asked
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    scale_bytes = torch.float32.itemsize if dtype in QUANTISED_DTYPES else 0
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * (config.head_dim * dtype.itemsize + scale_bytes)
     most = min(_available_bytes() // 4 // token_bytes, 64 * config.context_len, _MOST_TOKENS)
     return max(most, config.context_len)
 

@@ -19,8 +19,10 @@
 
 typedef struct {
     const void *q; /* (num_tokens, num_heads, dim) */
-    const void *k; /* (num_slots, num_kv_heads, dim) */
+    const void *k; /* (num_slots, num_kv_heads, dim), like q or bytes */
     const void *v;
+    const float *k_scales; /* (num_slots, num_kv_heads) where keys and values are bytes, else none */
+    const float *v_scales;
     void *out;   /* like q */
     float *acc;  /* (num_tokens, num_heads, dim) */
     float *stat; /* (num_tokens, num_heads, 2): largest score, sum of weights */
@@ -31,9 +33,12 @@ typedef struct {
     const int32_t *levels;    /* (num_levels + 1,) units of level i: [levels[i], levels[i + 1]) */
     int32_t num_levels;
     int32_t num_heads, num_kv_heads, dim, page_size;
-    int32_t is_bf16;
+    int32_t is_bf16; /* of q and out */
     float scale;
 } Args;
+
+/* How keys and values are stored. */
+enum { KV_FLOAT, KV_BF16, KV_BYTES };
 
 /* Fields of a unit. IS_FIRST: its rows have no state yet. IS_LAST: what is folded then is the result. */
 enum { PAGES_AT, CHUNK_BEGIN, CHUNK_END, ROWS_BEGIN, ROWS_END, IS_FIRST, IS_LAST, UNIT_FIELDS };
@@ -64,26 +69,34 @@ INLINE void transpose(vec m[LANES]) {
 #undef STEP
 }
 
+INLINE vec load_kv(const void *base, ptrdiff_t at, float scale, const int kind) {
+    return kind == KV_BYTES ? load_bytes(base, at) * scale : load(base, at, kind == KV_BF16);
+}
+
 /* Read the first `count` positions of a chunk; what lies beyond them in the last block becomes zero, unread. */
 INLINE void read_tile(Tile *tile, const Args *args, const int32_t *pages, int first, int count, int head,
-                      const int is_bf16) {
+                      const int kind) {
     const int dim = args->dim, page_size = args->page_size;
     const ptrdiff_t slot_len = (ptrdiff_t)args->num_kv_heads * dim;
     for (int begin = 0; begin < count; begin += LANES) {
         const int valid = count - begin < LANES ? count - begin : LANES;
         ptrdiff_t at[LANES];
+        float k_scales[LANES], v_scales[LANES];
         for (int i = 0; i < valid; i++) {
             const int position = first + begin + i;
             const ptrdiff_t slot = (ptrdiff_t)pages[position / page_size] * page_size + position % page_size;
             at[i] = slot * slot_len + (ptrdiff_t)head * dim;
+            k_scales[i] = kind == KV_BYTES ? args->k_scales[slot * args->num_kv_heads + head] : 1.0f;
+            v_scales[i] = kind == KV_BYTES ? args->v_scales[slot * args->num_kv_heads + head] : 1.0f;
         }
         for (int d = 0; d < dim; d += LANES) {
             vec m[LANES];
-            for (int i = 0; i < LANES; i++) m[i] = i < valid ? load(args->k, at[i] + d, is_bf16) : (vec){};
+            for (int i = 0; i < LANES; i++) m[i] = i < valid ? load_kv(args->k, at[i] + d, k_scales[i], kind) : (vec){};
             transpose(m);
             for (int i = 0; i < LANES; i++) *(vec *)&tile->keys[(d + i) * CHUNK + begin] = m[i];
             for (int i = 0; i < LANES; i++)
-                *(vec *)&tile->values[(begin + i) * dim + d] = i < valid ? load(args->v, at[i] + d, is_bf16) : (vec){};
+                *(vec *)&tile->values[(begin + i) * dim + d] =
+                    i < valid ? load_kv(args->v, at[i] + d, v_scales[i], kind) : (vec){};
         }
     }
 }
@@ -219,7 +232,7 @@ INLINE void finish(const Args *args, const int32_t *unit, int head, const int is
         }
 }
 
-INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const int is_bf16) {
+INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const int is_bf16, const int kind) {
     Tile tile;
     Rows rows;
     int last = 0; /* position of the unit's last row */
@@ -229,17 +242,21 @@ INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const i
     }
     for (int chunk = unit[CHUNK_BEGIN]; chunk < unit[CHUNK_END]; chunk++) {
         const int left = last + 1 - chunk * CHUNK;
-        read_tile(&tile, args, args->pages + unit[PAGES_AT], chunk * CHUNK, left < CHUNK ? left : CHUNK, head, is_bf16);
+        read_tile(&tile, args, args->pages + unit[PAGES_AT], chunk * CHUNK, left < CHUNK ? left : CHUNK, head, kind);
         run_chunk(args, unit, &tile, &rows, chunk, head, is_bf16);
     }
     if (unit[IS_LAST]) finish(args, unit, head, is_bf16);
 }
 
 CLONES static void run_unit(const Args *args, const int32_t *unit, int head) {
-    if (args->is_bf16)
-        run_unit_as(args, unit, head, 1);
+    if (args->k_scales && args->is_bf16)
+        run_unit_as(args, unit, head, 1, KV_BYTES);
+    else if (args->k_scales)
+        run_unit_as(args, unit, head, 0, KV_BYTES);
+    else if (args->is_bf16)
+        run_unit_as(args, unit, head, 1, KV_BF16);
     else
-        run_unit_as(args, unit, head, 0);
+        run_unit_as(args, unit, head, 0, KV_FLOAT);
 }
 
 /* Compute one layer. The caller has checked every argument. */

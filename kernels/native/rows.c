@@ -4,6 +4,9 @@
 
 #include "vectors.h"
 
+/* Of the structs here and in attention.c: native_library.py's VERSION. */
+EXPORT int32_t bough_version(void) { return 2; }
+
 /* Fewer elements than this are done by the calling thread: to wake another takes longer. */
 #define WORTH_A_THREAD 32768
 
@@ -73,6 +76,20 @@ INLINE void rotate(const void *in, ptrdiff_t from, const float *cosine, const fl
     for (int i = 0; i < dim; i += LANES) store(out, to + i, load(b, i, 0), is_bf16);
 }
 
+/* Store one head as bytes times a scale, its largest magnitude / 127; what is not finite makes the scale NaN. */
+INLINE void quantise(const void *in, ptrdiff_t from, int8_t *out, ptrdiff_t to, float *scale, int dim,
+                     const int is_bf16) {
+    vec largest = (vec){}, strange = (vec){};
+    for (int i = 0; i < dim; i += LANES) {
+        const vec x = load(in, from + i, is_bf16);
+        largest = larger(larger(x, -x), largest);
+        strange += x - x;
+    }
+    *scale = horizontal_max(largest) / 127.0f + horizontal_sum(strange);
+    const float divisor = *scale > 0.0f ? *scale : 1.0f;
+    for (int i = 0; i < dim; i += LANES) store_bytes(out, to + i, load(in, from + i, is_bf16) / divisor);
+}
+
 typedef struct {
     const void *qkv;         /* (num_tokens, num_heads + 2 * num_kv_heads, dim) */
     const void *q_weight;    /* (dim,) of the norm of each query head, or none */
@@ -81,13 +98,15 @@ typedef struct {
     const float *sine;
     const int64_t *slots;    /* (num_tokens,) */
     void *q;                 /* (num_tokens, num_heads, dim) */
-    void *k;                 /* (num_slots, num_kv_heads, dim) */
+    void *k;                 /* (num_slots, num_kv_heads, dim), like q or bytes */
     void *v;
+    float *k_scales;         /* (num_slots, num_kv_heads) where keys and values are bytes, else none */
+    float *v_scales;
     int32_t num_tokens, num_heads, num_kv_heads, dim, is_bf16;
     float eps;
 } Split;
 
-INLINE void split_row(const Split *s, int row, const int is_bf16) {
+INLINE void split_row(const Split *s, int row, const int is_bf16, const int is_quantised) {
     const int dim = s->dim, heads = s->num_heads, kv_heads = s->num_kv_heads;
     const ptrdiff_t from = (ptrdiff_t)row * (heads + 2 * kv_heads) * dim, slot = s->slots[row] * kv_heads * dim;
     const float *cosine = s->cosine + (ptrdiff_t)row * (dim / 2), *sine = s->sine + (ptrdiff_t)row * (dim / 2);
@@ -101,20 +120,35 @@ INLINE void split_row(const Split *s, int row, const int is_bf16) {
             in = normed;
             at = 0;
         }
-        if (is_key)
+        const ptrdiff_t scale = s->slots[row] * kv_heads + (head - heads);
+        if (is_key && is_quantised) {
+            float turned[256]; /* as wide as a head of either type may be */
+            rotate(in, at, cosine, sine, turned, 0, dim, is_bf16);
+            quantise(turned, 0, s->k, slot + (ptrdiff_t)(head - heads) * dim, &s->k_scales[scale], dim, is_bf16);
+        } else if (is_key)
             rotate(in, at, cosine, sine, s->k, slot + (ptrdiff_t)(head - heads) * dim, dim, is_bf16);
         else
             rotate(in, at, cosine, sine, s->q, ((ptrdiff_t)row * heads + head) * dim, dim, is_bf16);
     }
     const ptrdiff_t values = from + (ptrdiff_t)(heads + kv_heads) * dim;
-    for (int i = 0; i < kv_heads * dim; i += LANES) store(s->v, slot + i, load(s->qkv, values + i, is_bf16), is_bf16);
+    if (is_quantised)
+        for (int head = 0; head < kv_heads; head++)
+            quantise(s->qkv, values + (ptrdiff_t)head * dim, s->v, slot + (ptrdiff_t)head * dim,
+                     &s->v_scales[s->slots[row] * kv_heads + head], dim, is_bf16);
+    else
+        for (int i = 0; i < kv_heads * dim; i += LANES)
+            store(s->v, slot + i, load(s->qkv, values + i, is_bf16), is_bf16);
 }
 
 CLONES static void split_one(const Split *s, int row) {
-    if (s->is_bf16)
-        split_row(s, row, 1);
+    if (s->k_scales && s->is_bf16)
+        split_row(s, row, 1, 1);
+    else if (s->k_scales)
+        split_row(s, row, 0, 1);
+    else if (s->is_bf16)
+        split_row(s, row, 1, 0);
     else
-        split_row(s, row, 0);
+        split_row(s, row, 0, 0);
 }
 
 /* Part qkv, normalise heads, rotate queries and keys, write keys and values into their slots. */

@@ -23,6 +23,7 @@ typedef float vec_u __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64)));
 typedef uint32_t uvec __attribute__((vector_size(64)));
 typedef uint16_t half_u __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t byte_u __attribute__((vector_size(16), aligned(1), may_alias));
 
 INLINE vec load(const void *base, ptrdiff_t at, int is_bf16) {
     if (is_bf16) {
@@ -45,6 +46,19 @@ INLINE void store(void *base, ptrdiff_t at, vec x, int is_bf16) {
 }
 
 INLINE vec splat(float x) { return x - (vec){}; }
+
+INLINE vec load_bytes(const int8_t *base, ptrdiff_t at) {
+    const ivec wide = __builtin_convertvector(*(const byte_u *)(base + at), ivec);
+    return __builtin_convertvector(wide, vec);
+}
+
+/* Store the nearest integers, halves up; |x| < 128. */
+INLINE void store_bytes(int8_t *base, ptrdiff_t at, vec x) {
+    const vec raised = x + 0.5f;
+    ivec whole = __builtin_convertvector(raised, ivec); /* towards zero */
+    whole += __builtin_convertvector(whole, vec) > raised;
+    *(byte_u *)(base + at) = __builtin_convertvector(whole, byte_u);
+}
 
 INLINE vec larger(vec a, vec b) {
     ivec is = a > b;

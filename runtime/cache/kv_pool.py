@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import torch
 
+from bough.kernels.paged_kv import QUANTISED_DTYPES, PagedKV
 from bough.runtime.batch import PageCopy
 
 
 class KVPool:
     """K and V of `num_pages` pages of `page_size` slots.
 
-    k[layer], v[layer]: (num_pages, page_size, num_kv_heads, head_dim), contiguous. The memory is not touched before it
-    is written, so an unused page costs no RAM; what an unwritten slot holds is undefined, NaN included, and attention
-    never reads it.
+    k[layer], v[layer]: (num_pages, page_size, num_kv_heads, head_dim), contiguous. In int8 each token and head has a
+    scale in k_scales[layer], v_scales[layer]: (num_pages, page_size, num_kv_heads) float32; these lists are empty
+    otherwise. layers: the same tensors, as kernels take them. The memory is not touched before it is written, so an
+    unused page costs no RAM; what an unwritten slot holds is undefined, NaN included, and attention never reads it.
     """
 
     def __init__(
@@ -31,13 +33,19 @@ class KVPool:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (num_pages, page_size, num_kv_heads, head_dim)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        layers = range(num_layers)
+        scaled = layers if dtype in QUANTISED_DTYPES else range(0)
+        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.k_scales = [torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in scaled]
+        self.v_scales = [torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in scaled]
+        self.layers = [PagedKV(*tensors) for tensors in zip(*filter(None, self._lists()), strict=True)]
+        self.dtype = dtype
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page's K and V over all layers."""
-        return sum(tensor[0].nbytes for tensor in (*self.k, *self.v)) if self.num_pages else 0
+        return sum(tensor[0].nbytes for tensor in self._tensors()) if self.num_pages else 0
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Carry out all copies as if at once: every source is read before any target is written."""
@@ -49,13 +57,20 @@ class KVPool:
             for num_slots, group in by_length.items()
             if num_slots
         ]
-        for tensor in (*self.k, *self.v) if groups else ():
+        for tensor in self._tensors() if groups else ():
             read = [tensor[sources, :num_slots] for sources, _, num_slots in groups]
             for (_, targets, num_slots), slots in zip(groups, read, strict=True):
                 tensor[targets, :num_slots] = slots
 
     def poison(self, pages: Sequence[int]) -> None:
-        """Fill pages with NaN: a test's way to show that nothing reads what it does not own."""
+        """Fill pages, or their scales, with NaN: a test's way to show that nothing reads what it does not own."""
         index = torch.tensor(pages, dtype=torch.int64)
-        for tensor in (*self.k, *self.v):
-            tensor.index_fill_(0, index, float("nan"))
+        for tensor in self._tensors():
+            if tensor.is_floating_point():
+                tensor.index_fill_(0, index, float("nan"))
+
+    def _lists(self) -> tuple[list[torch.Tensor], ...]:
+        return self.k, self.v, self.k_scales, self.v_scales
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensors in self._lists() for tensor in tensors]

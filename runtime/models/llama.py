@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from bough.kernels.attention import Plan, paged_attention
+from bough.kernels.paged_kv import PagedKV
 from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import StepInputs
@@ -37,8 +38,8 @@ class Llama:
         x = self._embedding.index_select(0, inputs.token_ids)
         rotation = Rotation(*self._rope.lookup(inputs.positions, inputs.end_position), inputs.slots)
         delta: torch.Tensor | None = None
-        for layer, k_pages, v_pages in zip(self._layers, pool.k, pool.v, strict=True):
-            x, delta = layer.forward(x, delta, rotation, inputs.attention, k_pages, v_pages)
+        for layer, kv in zip(self._layers, pool.layers, strict=True):
+            x, delta = layer.forward(x, delta, rotation, inputs.attention, kv)
         assert delta is not None, "a model has layers"
         wanted = (x.index_select(0, inputs.wanted), delta.index_select(0, inputs.wanted))
         return self._rows.add_norm(*wanted, self._norm, self.config.rms_eps)[1]
@@ -74,8 +75,7 @@ class _Layer:
         delta: torch.Tensor | None,
         rotation: Rotation,
         plan: Plan,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
+        kv: PagedKV,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x, delta), whose sum (num_tokens, hidden_size) is the layer's output; its input is likewise a sum.
 
@@ -83,8 +83,8 @@ class _Layer:
         """
         w, rows, eps = self._weights, self._rows, self._eps
         x, normed = rows.add_norm(x, delta, w.norms[0], eps)
-        q = rows.split_rotate_store(w.qkv(normed), k_pages, v_pages, rotation, w.head_norms, eps)
-        attended = paged_attention(q, k_pages, v_pages, plan, self._scale)
+        q = rows.split_rotate_store(w.qkv(normed), kv, rotation, w.head_norms, eps)
+        attended = paged_attention(q, kv, plan, self._scale)
         x, normed = rows.add_norm(x, w.out(attended.flatten(1)), w.norms[1], eps)
         return x, w.down(rows.gated_silu(w.gate_up(normed)))
 

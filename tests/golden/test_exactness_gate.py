@@ -1,7 +1,7 @@
 """The answer never depends on the cache: tokens and log-probabilities are the same bits however they came about.
 
-A real model under the real scheduler, with native attention as it comes and with PyTorch's in exact mode; each case
-first asserts that what it is about really happened.
+A real model under the real scheduler, with native attention as it comes and with PyTorch's in exact mode, and with
+int8 KV; each case first asserts that what it is about really happened.
 Freed pages are filled with NaN, so that a page that is read after it was freed shows at once.
 """
 
@@ -37,9 +37,10 @@ Draws: TypeAlias = list[tuple[int | None, float | None, tuple[tuple[float, int],
 @cache
 def runner(mode: str) -> Runner:
     """`dtype` with native attention, as it comes; `dtype/torch` in exact mode, where there is no compiler."""
-    dtype, _, implementation = mode.partition("/")
+    dtype, *words = mode.split("/")
     load = partial(load_runner, tiny_model("qwen3"), dtype=dtype, page_size=PAGE_SIZE, num_pages=NUM_PAGES)
-    return load(attention="torch", exact=True) if implementation == "torch" else load(attention="native")
+    load = partial(load, kv_dtype="int8" if "int8" in words else None)
+    return load(attention="torch", exact=True) if "torch" in words else load(attention="native")
 
 
 class Machine:
@@ -89,10 +90,12 @@ class Machine:
         return self.draws[sequence]
 
 
-@pytest.fixture(params=["float32", "bfloat16", "float32/torch", "bfloat16/torch"])
+@pytest.fixture(
+    params=["float32", "bfloat16", "float32/torch", "bfloat16/torch", "bfloat16/int8", "bfloat16/torch/int8"]
+)
 def dtype(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if "/" not in name and not native_attention.works(4, 2, 32, torch.float32):
+    if "torch" not in name and not native_attention.works(4, 2, 32, torch.float32):
         pytest.skip("the compiled attention was not built here")
     return name
 

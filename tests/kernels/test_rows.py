@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bough.kernels.native_library import native_library
+from bough.kernels.paged_kv import PagedKV
+from bough.kernels.reference import dequantised, quantise
 from bough.kernels.rows import HeadNorms, NativeRows, Rotation, RowOps, TorchRows, choose_rows
 
 EPS = 1e-5
@@ -64,7 +66,8 @@ def test_heads_are_parted_turned_and_stored(
     angles = torch.tensor([0.0, 1.0, 50.0]).unsqueeze(1) / torch.arange(1, head_dim // 2 + 1)
     norms = HeadNorms(some(head_dim, dtype=dtype, seed=3), some(head_dim, dtype=dtype, seed=4)) if has_norms else None
     k_pages, v_pages = torch.full((2, 3, 4, num_kv_heads, head_dim), torch.nan, dtype=dtype)
-    q = ops.split_rotate_store(qkv, k_pages, v_pages, Rotation(angles.cos(), angles.sin(), slots), norms, EPS)
+    rotation = Rotation(angles.cos(), angles.sin(), slots)
+    q = ops.split_rotate_store(qkv, PagedKV(k_pages, v_pages), rotation, norms, EPS)
 
     heads = qkv.view(count, -1, head_dim).double()
     exact_q, exact_k, exact_v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], 1)
@@ -86,6 +89,44 @@ def test_heads_are_parted_turned_and_stored(
     untouched = [slot for slot in range(12) if slot not in slots.tolist()]
     assert k_pages.flatten(0, 1)[untouched].isnan().all()
     assert v_pages.flatten(0, 1)[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (3, 1, 80), (2, 2, 128)])
+def test_int8_pages_get_what_others_get_quantised(
+    ops: RowOps, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    count, slots = 40, torch.randperm(60, generator=torch.Generator().manual_seed(2))[:40]
+    qkv = some(count, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    qkv[3] = 0
+    angles = torch.arange(count).unsqueeze(1) / torch.arange(1, head_dim // 2 + 1)
+    rotation, norms = Rotation(angles.cos(), angles.sin(), slots), HeadNorms(*some(2, head_dim, dtype=dtype, seed=3))
+    plain = PagedKV(*torch.zeros(2, 15, 4, num_kv_heads, head_dim, dtype=dtype))
+    small = PagedKV(
+        *torch.full((2, 15, 4, num_kv_heads, head_dim), 99, dtype=torch.int8),
+        *torch.full((2, 15, 4, num_kv_heads), torch.nan),
+    )
+    q = ops.split_rotate_store(qkv, plain, rotation, norms, EPS)
+    assert torch.equal(ops.split_rotate_store(qkv, small, rotation, norms, EPS), q)
+    assert small.k_scales is not None
+    assert small.v_scales is not None
+    for given, units, scales in ((plain.k, small.k, small.k_scales), (plain.v, small.v, small.v_scales)):
+        exact_units, exact_scales = quantise(given.flatten(0, 1)[slots], torch.int8)
+        assert torch.equal(units.flatten(0, 1)[slots], exact_units)
+        assert torch.equal(scales.flatten(0, 1)[slots], exact_scales)
+        assert scales.isnan().sum() == 20 * num_kv_heads, "other slots are left alone"
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_a_key_that_is_not_finite_is_none_when_read_from_int8_pages(ops: RowOps, strange: float) -> None:
+    kv = PagedKV(*torch.zeros(2, 1, 2, 1, 32, dtype=torch.int8), *torch.zeros(2, 1, 2, 1))
+    qkv = torch.ones(2, 3 * 32)
+    qkv[1, 50], qkv[1, 70] = strange, strange
+    angles = torch.ones(2, 16)
+    ops.split_rotate_store(qkv, kv, Rotation(angles, angles, torch.tensor([0, 1])), None, EPS)
+    for values in dequantised(kv):
+        assert values[0, 0].isfinite().all()
+        assert not values[0, 1].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bough.kernels import native_attention
 from bough.kernels.attention import PagedLayout, choose_attention, paged_attention
+from bough.kernels.paged_kv import PagedKV
 from bough.kernels.units import CHUNK, ROWS_PER_UNIT, Units, plan_units
 
 PAGE = 64  # two pages a chunk
@@ -159,7 +160,7 @@ def test_sharing_changes_no_bit(layout: PagedLayout, dtype: torch.dtype, heads: 
     results = []
     for share in (True, False):
         attention = choose_attention(*heads, dtype, torch.device("cpu"), "native", share=share)
-        results.append(paged_attention(q, k, v, attention.plan(layout), head_dim**-0.5))
+        results.append(paged_attention(q, PagedKV(k, v), attention.plan(layout), head_dim**-0.5))
     assert torch.equal(*results)
 
 
@@ -171,8 +172,8 @@ def test_a_token_has_the_same_bits_prefilled_and_drawn(dtype: torch.dtype) -> No
     k, v = (torch.randn(20, 16, 2, 64, generator=generator).to(dtype) for _ in range(2))
     q = torch.randn(300, 4, 64, generator=generator).to(dtype)
     attention = choose_attention(4, 2, 64, dtype, torch.device("cpu"), "native")
-    whole = paged_attention(q, k, v, attention.plan(layout_of([(range(19), 300, 300)], 16)), 0.125)
+    whole = paged_attention(q, PagedKV(k, v), attention.plan(layout_of([(range(19), 300, 300)], 16)), 0.125)
     for position in (0, 15, 16, 127, 128, 200, 299):
         length = position + 1
         alone = attention.plan(layout_of([(range(-(-length // 16)), length, 1)], 16))
-        assert torch.equal(paged_attention(q[position:length], k, v, alone, 0.125), whole[position:length])
+        assert torch.equal(paged_attention(q[position:length], PagedKV(k, v), alone, 0.125), whole[position:length])

@@ -1,0 +1,76 @@
+"""int8 keys and values: what they take, what they change, and that nobody mistakes one kind for the other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import logits, random_ids, texts, tiny_model
+
+import bough as bo
+from bough.runtime.batch import PageCopy
+from bough.runtime.protocol import RequestError
+from bough.runtime.runner import Runner, load_runner
+
+PAGE_SIZE = 8
+
+
+def runner(kv_dtype: str | None = None) -> Runner:
+    return load_runner(tiny_model("qwen3"), dtype="float32", page_size=PAGE_SIZE, num_pages=120, kv_dtype=kv_dtype)
+
+
+def test_a_token_takes_a_byte_a_channel_and_a_float_a_head() -> None:
+    quantised, plain = runner(kv_dtype="int8"), runner()
+    layers, kv_heads, head_dim = 3, 2, 32
+    assert quantised.pool.bytes_per_page == PAGE_SIZE * 2 * layers * kv_heads * (head_dim + 4)
+    assert plain.pool.bytes_per_page == PAGE_SIZE * 2 * layers * kv_heads * head_dim * 4
+    assert (quantised.kv_dtype, plain.kv_dtype) == ("int8", "float32")
+
+
+def test_logits_are_near_those_of_float_pages_and_not_the_same() -> None:
+    ids = random_ids(120, seed=3)
+    found = []
+    for device in (runner(), runner(kv_dtype="int8")):
+        (text,) = texts(device, [ids])
+        found.append(logits(device, text.row(PAGE_SIZE)))
+    exact, quantised = found
+    error = (quantised - exact).square().mean().sqrt() / exact.std()
+    assert 0 < error < 0.02
+
+
+def test_copies_of_pages_take_their_scales_along() -> None:
+    device = runner(kv_dtype="int8")
+    stem, tail = random_ids(21, seed=2), random_ids(9, seed=4)
+    whole, parent, own = texts(device, [np.concatenate([stem, tail]), stem, tail])
+    expected = logits(device, whole.row(PAGE_SIZE))[21:]
+    logits(device, parent.row(PAGE_SIZE))
+    device.pool.poison(own.pages.tolist())
+    device.pool.copy_pages([PageCopy(int(parent.pages[2]), int(own.pages[0]), 5)])
+    whole.pages, whole.done = np.concatenate([parent.pages[:2], own.pages[:2]]), 21
+    assert torch.equal(logits(device, whole.row(PAGE_SIZE)), expected)
+
+
+@pytest.mark.parametrize("name", ["int4", "float8", ""])
+def test_an_unknown_type_is_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match=f"kv_dtype must be one of auto, int8, got '{name}'"):
+        runner(kv_dtype=name)
+    with pytest.raises(bo.InvalidRequest, match="kv_dtype must be one of auto, int8"):
+        bo.Runtime(kv_dtype=name)
+
+
+def test_the_bundled_model_says_the_same_with_int8_pages_and_its_runtime_tells() -> None:
+    """17 of 20 sums at least: where two answers are almost equally likely the last bits decide."""
+
+    @bo.function
+    def add(s: bo.State, a: int, b: int) -> None:
+        s += bo.user(f"What is {a} + {b}?")
+        s += bo.assistant(bo.gen("sum", max_tokens=16, temperature=0))
+
+    questions = [{"a": 7 + 3 * i, "b": 91 - 4 * i} for i in range(20)]
+    said = []
+    for kv_dtype in (None, "int8"):
+        with bo.Runtime(kv_dtype=kv_dtype, max_total_tokens=4096) as runtime:
+            assert (runtime.server_info()["kv_dtype"] == "int8") == (kv_dtype == "int8")
+            said.append([state["sum"] for state in add.run_batch(questions, backend=runtime)])
+    assert len(set(said[0])) > 10
+    assert sum(a == b for a, b in zip(*said, strict=True)) >= 17
