@@ -4,12 +4,14 @@ llguidance tells which tokens may come next, not how far the end is. So the way 
 what leads to other choices than the ones there are now (inside a string only its closing quote does), of those what
 usually ends things (quotes, brackets, separators); where every choice leads to the same ones again (a count runs), the
 one taken least. When nothing new has come for a while (dots and letters before the @ of an address), something new is
-preferred. Forced tokens are taken at once. For JSON this goes straight to the end.
+preferred. Forced tokens are taken at once. For JSON this goes straight to the end. The end of free text does not show
+in the choices before its last character ("</think>" after anything): for it the grammar's own literals are tried.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,8 +37,12 @@ class _Trail:
     stalled: int = 0
 
 
-def closing_path(start: llguidance.LLMatcher, vocabulary: Vocabulary) -> list[int] | None:
-    """Return tokens after which `start` accepts, few of them; None if none were found. `start` is not changed."""
+def closing_path(start: llguidance.LLMatcher, vocabulary: Vocabulary, literals: Sequence[str] = ()) -> list[int] | None:
+    """Return tokens after which `start` accepts, few of them; None if none were found. `start` is not changed.
+
+    literals: texts of the grammar that may end free text.
+    """
+    spelled = [vocabulary.tokenizer.encode(literal, at_start=False) for literal in literals]
     matcher = start.deep_copy()
     path: list[int] = []
     trail = _Trail()
@@ -51,24 +57,29 @@ def closing_path(start: llguidance.LLMatcher, vocabulary: Vocabulary) -> list[in
             num_tried += 1
             path += forced
             continue
-        token, following, tried = _choice(matcher, trail, vocabulary)
+        tokens, following, tried = _choice(matcher, trail, vocabulary, spelled)
         if following is None:
             return None
         matcher = following
         num_tried += tried
-        trail.taken[token] += 1
-        path.append(token)
+        trail.taken[tokens[0]] += 1
+        path += tokens
     return None
 
 
 def _choice(
-    matcher: llguidance.LLMatcher, trail: _Trail, vocabulary: Vocabulary
-) -> tuple[int, llguidance.LLMatcher | None, int]:
-    """Return the next token, the matcher after it (None if there is none), and how many tokens were tried."""
+    matcher: llguidance.LLMatcher, trail: _Trail, vocabulary: Vocabulary, literals: list[list[int]]
+) -> tuple[list[int], llguidance.LLMatcher | None, int]:
+    """Return what comes next, the matcher after it (None if there is none), and how many tokens were tried."""
     mask = matcher.compute_bitmask()
     trail.stalled = trail.stalled + 1 if mask in trail.seen else 0
     trail.seen.add(mask)
     allowed = np.flatnonzero(np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")).tolist()
+    spelled = [(literal, following) for literal in literals if (following := _after(matcher, literal)) is not None]
+    num_tried = len(literals)
+    for literal, following in spelled:
+        if following.is_accepting():
+            return literal, following, num_tried
     tried: list[tuple[int, llguidance.LLMatcher, bytes]] = []
     for some in _candidates(allowed, vocabulary):
         start = len(tried)
@@ -76,19 +87,27 @@ def _choice(
             following = matcher.deep_copy()
             if following.consume_token(token):
                 if following.is_accepting():
-                    return token, following, len(tried) + 1
+                    return [token], following, num_tried + len(tried) + 1
                 tried.append((token, following, following.compute_bitmask()))
         if trail.stalled < _STALLED:
             for token, following, then in tried[start:]:
                 if then != mask:
-                    return token, following, len(tried)
+                    return [token], following, num_tried + len(tried)
+    for literal, following in spelled:
+        if following.compute_bitmask() not in trail.seen:
+            return literal, following, num_tried + len(tried)
     for token, following, then in tried:
         if then not in trail.seen:
-            return token, following, len(tried)
+            return [token], following, num_tried + len(tried)
     if not tried:
-        return 0, None, 0
+        return [], None, 0
     token, following, _ = min(tried, key=lambda entry: trail.taken[entry[0]])
-    return token, following, len(tried)
+    return [token], following, num_tried + len(tried)
+
+
+def _after(matcher: llguidance.LLMatcher, tokens: list[int]) -> llguidance.LLMatcher | None:
+    following = matcher.deep_copy()
+    return following if following.try_consume_tokens(tokens) == len(tokens) else None
 
 
 def _candidates(allowed: list[int], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from bough.runtime.grammar.closing import closing_path
 from bough.runtime.grammar.constraint import Words, leave_out
+from bough.runtime.grammar.source import literals_of
 from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.protocol import Grammar, RequestError
 
@@ -61,7 +62,7 @@ class GrammarConstraint:
 
     def begin(self) -> list[int]:
         if self.grammar.on_limit == "close":
-            path = closing_path(self._matcher, self._vocabulary)
+            path = self._closing(self._matcher)
             if path is None:
                 raise self._failure("no way to close its text was found: use on_limit='truncate'")
             if len(path) > self._left:
@@ -122,12 +123,15 @@ class GrammarConstraint:
         ahead = self._matcher.deep_copy()
         if not ahead.consume_token(token):
             return None
-        path = closing_path(ahead, self._vocabulary)
+        path = self._closing(ahead)
         if path is not None and len(path) + 1 <= self._left:
             self._look_at = self._left - max((self._left - len(path)) // 2, 1)
             return None
-        path = closing_path(self._matcher, self._vocabulary)
+        path = self._closing(self._matcher)
         return path if path is not None and len(path) <= self._left else None
+
+    def _closing(self, matcher: llguidance.LLMatcher) -> list[int] | None:
+        return closing_path(matcher, self._vocabulary, literals_of(self.grammar))
 
     # ------------------------------------------------------------------------------------------ the end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any, Final
@@ -10,11 +11,20 @@ import llguidance
 
 from bough.runtime.protocol import Grammar, RequestError
 
-# As json.dumps writes them: with one spelling of white space the names of fields are forced, and no text is all blanks.
-_SEPARATORS: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Final = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": '"\\nrbtf',
+}
+"""How JSON is written: as json.dumps writes it. With one spelling of white space the names of fields are forced, and no
+text is all blanks. There is no \\u among the escapes: half of a surrogate pair is no text. `bough.lark_source` has the
+same."""
 _KEYWORDS: Final = re.compile(r"Unimplemented keys: \[(.*)\]")
 _TOO_LARGE: Final = re.compile(r"too large|too big|limit|fuel|too many|too complex|nested too deeply", re.IGNORECASE)
 _MOST_DEPTH: Final = 128
+_QUOTED: Final = re.compile(r'"(?:[^"\\\n]|\\.)+"')
+_MOST_LITERALS: Final = 64
 
 
 def llguidance_text(grammar: Grammar, before: str = "") -> str:
@@ -43,6 +53,17 @@ def _body(grammar: Grammar) -> dict[str, Any]:
             return {"json_schema": _schema(grammar.source)}
 
 
+def literals_of(grammar: Grammar) -> tuple[str, ...]:
+    """Return the quoted texts of Lark source, each once, some dozens at most: what free text may end with."""
+    if grammar.kind != "lark":
+        return ()
+    found: dict[str, None] = {}
+    for quoted in _QUOTED.findall(grammar.source):
+        with contextlib.suppress(ValueError):  # an escape that JSON does not have
+            found[json.loads(quoted)] = None
+    return tuple(found)[:_MOST_LITERALS]
+
+
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
@@ -61,7 +82,7 @@ def _schema(source: str) -> dict[str, Any]:
     if schema is False or not isinstance(schema, dict):
         raise refused("json_schema", "a JSON object that something satisfies", source[:200])
     _check_schema(schema, "#", 0)
-    return {**schema, "x-guidance": _SEPARATORS}
+    return {**schema, "x-guidance": JSON_STYLE}
 
 
 def _parsed(kind: str, source: str) -> Any:

@@ -12,12 +12,15 @@ import torch
 from grammar_engine import TOKENIZER, VOCABULARY, GrammarEngine
 from processes import wait_until
 
+from bough import lark_source
+from bough.grammars import rx, until
 from bough.runtime.batch import SampleRequest
 from bough.runtime.grammar.closing import closing_path
 from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.healing import PrefixConstraint
 from bough.runtime.grammar.masks import Masks
 from bough.runtime.grammar.matching import GrammarConstraint
+from bough.runtime.grammar.source import JSON_STYLE, literals_of
 from bough.runtime.grammar.vetting import Limits, Vetter
 from bough.runtime.protocol import Failed, Generated, Grammar, RequestError, SamplingParams
 from bough.runtime.sampler import sample
@@ -185,12 +188,35 @@ def test_only_tokens_that_a_longer_one_begins_with_are_taken_off() -> None:
         ("json_schema", '{"type": "string", "format": "email"}', '".+@.+"'),
         ("json_schema", '{"type": "string", "pattern": "^a.*z$"}', '"a.*z"'),
         ("choices", '["abc", "x"]', "abc|x"),
+        ("lark", (until("</think>") + "</think>").to_lark(), "(?s:.*)</think>"),
+        ("lark", ("A: " + until("</a>") + "</a>" + rx("[0-9]") + "END").to_lark(), "A: (?s:.*)</a>[0-9]END"),
     ],
 )
 def test_the_way_to_the_end_ends_in_a_whole_text(kind: str, source: str, whole: str) -> None:
     matcher = GrammarCompiler(VOCABULARY).find(GrammarKey(kind, source, ""))
     assert matcher is not None
-    path = closing_path(matcher, VOCABULARY)
+    path = closing_path(matcher, VOCABULARY, literals_of(Grammar(kind=kind, source=source)))  # type: ignore[arg-type]
     assert path is not None
     assert len(path) <= 40
     assert re.fullmatch(whole, TOKENIZER.decode(path, at_start=False))
+
+
+def test_a_budget_that_ends_within_free_text_closes_it_by_its_literal() -> None:
+    source = (until("</think>") + "</think>").to_lark()
+    engine = GrammarEngine()
+    grammar = Grammar(kind="lark", source=source, on_limit="close")
+    replies = [engine.answer(f"{i}", grammar, max_tokens=12 + i) for i in range(4)]
+    assert all(reply.is_whole and reply.text.endswith("</think>") for reply in replies)
+    assert all(reply.usage.completion_tokens <= 12 + i for i, reply in enumerate(replies))
+
+
+def test_json_is_written_alike_by_both_ways_to_a_grammar() -> None:
+    assert JSON_STYLE == lark_source.JSON_STYLE
+
+
+def test_no_schema_lets_half_of_a_surrogate_pair_be_written() -> None:
+    matcher = GrammarCompiler(VOCABULARY).find(GrammarKey("json_schema", '{"type": "string"}', ""))
+    assert matcher is not None
+    for text, fits in (('"\\ud800"', False), ('"\\n\\\\k\u00fc"', True)):
+        ids = TOKENIZER.encode(text, at_start=False)
+        assert (matcher.deep_copy().try_consume_tokens(ids) == len(ids)) is fits
