@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from bough.runtime.config import SCHEDULE_POLICIES, RuntimeConfig
 from bough.runtime.endpoint import Endpoint
+from bough.runtime.grammar.limits import Limits
 from bough.runtime.journal import Journal, RecordingExecutor
 from bough.runtime.protocol import RequestError, Welcome
 from bough.runtime.server import Server, parent_watch
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--attention", choices=("native", "torch"), help="default: native where it works")
     parser.add_argument("--no-tree-decode", action="store_true", help="every sequence reads its own KV, shared or not")
+    _add_grammar_limits(parser)
     parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
@@ -65,6 +67,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--status-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_grammar_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that bound what one grammar may cost; a grammar beyond them is refused, and costs nobody else."""
+    defaults = Limits()
+    group = parser.add_argument_group(
+        "grammars",
+        "What one constrained generate may cost. A grammar is tried out in a process of its own first; one beyond a"
+        " limit is refused as too_complex, and other clients' decoding goes on meanwhile.",
+    )
+    for flag, value, metavar, text in (
+        ("--grammar-seconds", defaults.compile_s, "S", "time to compile a grammar"),
+        ("--grammar-memory", defaults.memory_bytes >> 20, "MIB", "memory to compile a grammar"),
+        ("--grammar-states", defaults.max_lexer_states, "N", "states of its automata, 1 to 2 kB each"),
+        ("--grammar-size", defaults.max_grammar_size, "N", "symbols of its rules"),
+        ("--grammar-pending", defaults.max_pending, "N", "grammars waiting to be compiled before overloaded"),
+    ):
+        group.add_argument(flag, type=type(value), default=value, metavar=metavar, help=f"{text} (default: {value})")
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    return Limits(
+        compile_s=options.grammar_seconds,
+        memory_bytes=options.grammar_memory << 20,
+        max_pending=options.grammar_pending,
+        max_lexer_states=options.grammar_states,
+        max_grammar_size=options.grammar_size,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +126,7 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         credit=options.credit,
         unsent_bytes=options.unsent_bytes,
     )
+    limits = _limits(options)
     is_orphaned = parent_watch(options.parent_pid, _stdin_watch() if options.parent_pid is not None else bool)
     with ExitStack() as stack:
         endpoint = stack.enter_context(
@@ -104,7 +135,7 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         if options.parent_pid is not None:
             stack.callback(_remove_socket, endpoint.address)
         journal = None if options.journal is None else stack.enter_context(Journal(options.journal))
-        server = _build(options, config, endpoint, journal, _signal_fd(), is_orphaned, report)
+        server = _build(options, config, limits, endpoint, journal, _signal_fd(), is_orphaned, report)
         signal.signal(signal.SIGTERM, server.drain)
         signal.signal(signal.SIGINT, server.drain)
         gc.collect()
@@ -119,6 +150,7 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
 def _build(
     options: argparse.Namespace,
     config: RuntimeConfig,
+    limits: Limits,
     endpoint: Endpoint,
     journal: Journal | None,
     wake_fd: int,
@@ -133,7 +165,7 @@ def _build(
     from bough.runtime.composer import Composer
     from bough.runtime.engine import Engine
     from bough.runtime.grammar.compiler import GrammarCompiler
-    from bough.runtime.grammar.vetting import Limits, Vetter
+    from bough.runtime.grammar.vetting import Vetter
     from bough.runtime.grammar.vocabulary import Vocabulary
     from bough.runtime.inflight import Executor, InFlight
     from bough.runtime.prompter import Prompter
@@ -163,7 +195,7 @@ def _build(
     epoch = secrets.randbits(62)
     seed = config.seed if config.seed is not None else secrets.randbits(62)
     vocabulary = Vocabulary(prompter.tokenizer, runner.vocab_size)
-    grammars = GrammarCompiler(vocabulary, Limits(), Vetter(Limits(), vocabulary).vet)
+    grammars = GrammarCompiler(vocabulary, limits, Vetter(limits, vocabulary).vet)
     composer = Composer(
         prompter,
         vocab_size=runner.vocab_size,

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import llguidance
 
+from bough.runtime.grammar.limits import Limits, for_llguidance
 from bough.runtime.grammar.source import llguidance_text, too_complex, translated
-from bough.runtime.grammar.vetting import Limits
 from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.protocol import Grammar, RequestError
 
@@ -152,7 +152,7 @@ class GrammarCompiler:
             if complaint:
                 return too_complex(key.kind, complaint) if complaint[0] == "!" else translated(key.kind, complaint)
         matcher = llguidance.LLMatcher(
-            self.vocabulary.for_grammars, text, log_level=0, limits=self._limits.for_llguidance()
+            self.vocabulary.for_grammars, text, log_level=0, limits=for_llguidance(self._limits)
         )
         if matcher.is_error():
             return translated(key.kind, matcher.get_error())

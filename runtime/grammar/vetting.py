@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from io import FileIO
 from itertools import count
 from pathlib import Path
@@ -32,42 +31,13 @@ import llguidance
 import msgpack
 import numpy as np
 
+from bough.runtime.grammar.limits import LLGUIDANCE_LIMITS, Limits, for_llguidance
+
 if TYPE_CHECKING:
     from bough.runtime.grammar.vocabulary import Vocabulary
 
 _HEAD = struct.Struct("<I")
 _STEPS = 8  # tokens that a trial takes after compiling
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one grammar may cost. Defaults of llguidance, but for the states (1 to 2 kB each).
-
-    compile_s: seconds for compiling and the first steps, on trial. memory_bytes: address space that the trial may add.
-    max_pending: grammars that wait or are compiled at once.
-    """
-
-    compile_s: float = 5.0
-    memory_bytes: int = 1 << 30
-    max_pending: int = 256
-    num_threads: int = 2
-    max_lexer_states: int = 50_000
-    max_grammar_size: int = 500_000
-    initial_lexer_fuel: int = 1_000_000
-    step_lexer_fuel: int = 200_000
-    step_max_items: int = 50_000
-    max_items_in_row: int = 2000
-
-    def for_llguidance(self) -> llguidance.LLParserLimits:
-        return llguidance.LLParserLimits(
-            max_items_in_row=self.max_items_in_row,
-            initial_lexer_fuel=self.initial_lexer_fuel,
-            step_lexer_fuel=self.step_lexer_fuel,
-            step_max_items=self.step_max_items,
-            max_lexer_states=self.max_lexer_states,
-            max_grammar_size=self.max_grammar_size,
-            verbose_errors=False,
-        )
 
 
 class Vetter:
@@ -89,7 +59,7 @@ class Vetter:
         facts = {
             "compile_s": limits.compile_s,
             "memory_bytes": limits.memory_bytes,
-            "limits": [getattr(limits, name) for name in _LLGUIDANCE_LIMITS],
+            "limits": [getattr(limits, name) for name in LLGUIDANCE_LIMITS],
             "tokens": vocabulary.token_table(),
             "eos": list(vocabulary.eos_ids),
             "special": sorted(vocabulary.special_ids),
@@ -137,16 +107,6 @@ class Vetter:
             self._arrived.notify_all()
 
 
-_LLGUIDANCE_LIMITS = (
-    "max_lexer_states",
-    "max_grammar_size",
-    "initial_lexer_fuel",
-    "step_lexer_fuel",
-    "step_max_items",
-    "max_items_in_row",
-)
-
-
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     assert pipe is not None, "the process was started with pipes"
     return pipe
@@ -192,7 +152,7 @@ class _Encoder:
 
 def _try_out(text: str, tokenizer: llguidance.LLTokenizer, limits: Limits) -> str:
     """Compile a grammar and walk into it a little; return what is wrong."""
-    matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits.for_llguidance())
+    matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=for_llguidance(limits))
     for _ in range(_STEPS):
         if matcher.is_error() or matcher.is_stopped():
             break
@@ -261,7 +221,7 @@ def main() -> None:
     facts = _receive(requests)
     if facts is None:
         return
-    named = dict(zip(_LLGUIDANCE_LIMITS, facts["limits"], strict=True))
+    named = dict(zip(LLGUIDANCE_LIMITS, facts["limits"], strict=True))
     limits = Limits(compile_s=facts["compile_s"], memory_bytes=facts["memory_bytes"], **named)
     tokenizer = llguidance.LLTokenizer(
         llguidance.TokenizerWrapper(_Encoder(facts)), n_vocab=len(facts["tokens"]), eos_token=facts["eos"] or None

@@ -104,3 +104,23 @@ def test_serve_serves_clients_until_it_is_told_to_stop(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_serve_bounds_what_a_grammar_may_cost_as_it_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    command = [BOUGH, "serve", "pocket", "--listen", f"ipc://{tmp_path}/s"]
+    refused = run(*command, "--grammar-seconds", "0")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "compile_s must be above 0" in refused.stderr
+    process = subprocess.Popen([*command, "--grammar-states", "20"], stdin=subprocess.DEVNULL)
+    try:
+        with bo.RuntimeClient(f"ipc://{tmp_path}/s", timeout=START_S) as client:
+            state = bo.State(client)
+            state += "Digits: " + bo.gen("few", regex="[0-9]{2}")
+            assert within(20, lambda: state["few"]).isdigit()
+            state += bo.gen("many", regex="[a-z]{100}")
+            with pytest.raises(bo.InvalidRequest, match="too complex"):
+                within(20, lambda: state["many"])
+    finally:
+        process.kill()
+        process.wait()

@@ -18,10 +18,11 @@ from bough.runtime.batch import SampleRequest
 from bough.runtime.grammar.closing import closing_path
 from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.healing import PrefixConstraint
+from bough.runtime.grammar.limits import Limits
 from bough.runtime.grammar.masks import Masks
 from bough.runtime.grammar.matching import GrammarConstraint
 from bough.runtime.grammar.source import JSON_STYLE, literals_of
-from bough.runtime.grammar.vetting import Limits, Vetter
+from bough.runtime.grammar.vetting import Vetter
 from bough.runtime.protocol import Failed, Generated, Grammar, RequestError, SamplingParams
 from bough.runtime.sampler import sample
 
