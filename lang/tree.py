@@ -35,8 +35,9 @@ def _strand_lines(strand: Strand, totals: list[int]) -> list[str]:
         branch, rail = ("└─ ", "   ") if last else ("├─ ", "│  ")
         if isinstance(row, list):
             if isinstance(row, Onward):
-                lines.append(f"{branch}{row.how}")
-                lines += [f"{rail}{line}" for line in _strand_lines(row[0], totals)]
+                inner = _strand_lines(row[0], totals)
+                lines.append(branch + (row.how if inner else row.how.removesuffix(", then")))
+                lines += [f"{rail}{line}" for line in inner]
                 continue
             lines.append(f"{branch}fork {len(row)}")
             for number, child in enumerate(row):

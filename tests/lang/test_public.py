@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,13 @@ def test_a_program_that_is_not_local_needs_no_torch() -> None:
         "print([m for m in sys.modules if m in ('torch', 'transformers', 'numpy')])"
     )
     assert in_a_fresh_process(code).strip() == "[]"
+
+
+def test_a_typed_user_program_has_every_public_name_in_it() -> None:
+    tree = ast.parse((Path(__file__).parents[1] / "support" / "typed_user_program.py").read_text())
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bo"
+    }
+    assert sorted(set(bo.__all__) - used) == []
