@@ -56,6 +56,10 @@ CHOICES = st.one_of(
     st.integers(2, 3).map(lambda depth: ["".join(words) for words in product((" a", " b", " the"), repeat=depth)]),
 )
 STOPS = st.sampled_from([(), (), (), ("ab",), ("b a", "a"), (" th",), ("aab", "aa")])
+# Choices, counts, forced stretches in the middle and at the end; what comes first is never forced as a whole.
+REGEXES = st.sampled_from(
+    ["( a| the|b){2,9}", "[ab]{3,6} the( ab)+", "(a b the a b|b a the b a){1,2}", "[a-z ]{0,25}b"]
+)
 STOP_IDS = st.sampled_from([(), (), (), (PALETTE[0],), (PALETTE[1], PALETTE[3])])
 
 
@@ -234,6 +238,52 @@ class EngineMachine(RuleBasedStateMachine):
         self.world.send(slot, kind, branch=branch, choices=choices, method=method, timeout_s=timeout_s, **options)
         self.go(steps)
 
+    @rule(
+        slot=SLOT,
+        pick=PICK,
+        regex=REGEXES,
+        max_tokens=st.sampled_from([3, 8, 30]),
+        min_tokens=st.sampled_from([0, 3]),
+        stop=STOPS,
+        ignore_eos=st.booleans(),
+        stream=st.booleans(),
+        fork=st.booleans(),
+        steps=STEPS,
+    )
+    def constrain(
+        self,
+        slot: int,
+        pick: int,
+        regex: str,
+        max_tokens: int,
+        min_tokens: int,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+        stream: bool,
+        fork: bool,
+        steps: int,
+    ) -> None:
+        """A grammar, on a branch or on its children; each keeps its own place in it."""
+        branch, branches = self.some_branch(slot, pick), []
+        if fork:
+            branches = [self.next_branch, self.next_branch + 1]
+            self.next_branch += 2
+            self.world.send(slot, Fork, branch=branch, children=branches)
+        for index, child in enumerate(branches or [branch]):
+            if index:
+                self.world.send(slot, Extend, branch=child, parts=[Text(" the")])
+            self.world.generate(
+                slot,
+                child,
+                regex=regex,
+                stream=stream,
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                stop=stop,
+                ignore_eos=ignore_eos,
+            )
+        self.go(steps)
+
     @rule(slot=SLOT, pick=PICK, steps=st.integers(5, 12), cancel=st.booleans(), fork=st.booleans())
     def stall(self, slot: int, pick: int, steps: int, cancel: bool, fork: bool) -> None:
         """A reader that stops reading, and perhaps goes; perhaps with a fork that waits for it."""
@@ -357,6 +407,7 @@ MUST_SEE = {
     "finished by stop": 20,
     "finished by choice": 100,
     "trie in less room than it has nodes": 10,
+    "forced by a grammar": 50,
     "failed: cancelled": 30,
     "failed: dependency_failed": 50,
     "failed: overloaded": 20,

@@ -11,13 +11,14 @@ say; the oracle then checks that it could be so.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from fakes import FREED, FakeClock, FakeRunner, logprob
+from fakes import FREED, FakeClock, FakeRunner, allowed_ids, logprob
 
 from bough.runtime.batch import Batch, Row, RowResult
 from bough.runtime.cache.prefix_cache import Lease, PrefixCache
@@ -26,6 +27,9 @@ from bough.runtime.choices import best, distribution, score_choices
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
+from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
+from bough.runtime.grammar.matching import GrammarConstraint
+from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.inflight import InFlight
 from bough.runtime.lifecycle import Progress, Status
 from bough.runtime.models.folder import resolve_model
@@ -44,6 +48,7 @@ from bough.runtime.protocol import (
     Fork,
     Generate,
     Generated,
+    Grammar,
     Ok,
     Open,
     Part,
@@ -77,6 +82,8 @@ EOS = TOKENIZER.eos_ids[0]
 # What the model says: whole characters only, some tokens of several, and the end of the sequence.
 PALETTE = (*(TOKENIZER.encode(text)[0] for text in ("a", "b", " a", " the", "ab")), EOS)
 TEXTS = {token: "" if token == EOS else TOKENIZER.decode([token]) for token in PALETTE}
+VOCABULARY = Vocabulary(TOKENIZER, TOKENIZER.vocab_size)
+GRAMMARS = GrammarCompiler(VOCABULARY)
 TENANTS = ("red", "blue", "red")  # the namespaces of the sessions 0, 1 and 2, unless a test wants others
 
 
@@ -94,22 +101,25 @@ def stamps(ids: Sequence[int], start: int = 0) -> list[int]:
     return found
 
 
-def draw(ids: Sequence[int], forbidden: Sequence[int] = ()) -> int:
-    """The model: the next token, a pure function of all tokens before it."""
+def draw(ids: Sequence[int], forbidden: Sequence[int] = (), allowed: Sequence[int] | None = None) -> int:
+    """The model: the next token, a pure function of all tokens before it, and of what a grammar allows."""
     first = hash(tuple(ids)) % len(PALETTE)
+    if allowed is not None:
+        spoken = [t for t in (*PALETTE[first:], *PALETTE[:first]) if t in allowed]
+        return spoken[0] if spoken else allowed[first % len(allowed)]
     return next(t for t in (*PALETTE[first:], *PALETTE[:first]) if t not in forbidden)
 
 
 def text_of(drawn: Sequence[int]) -> str:
     """What drawn tokens add to the text."""
-    return "".join(TEXTS[token] for token in drawn)
+    return "".join(TEXTS[token] if token in TEXTS else TOKENIZER.decode([token]) for token in drawn)
 
 
 class KVRunner(FakeRunner):
     """Adds to each slot a stamp of the prefix that it was computed after, and draws from the palette."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        super().__init__(num_pages, page_size)
+        super().__init__(num_pages, page_size, vocab_size=TOKENIZER.vocab_size)
         self.num_copies = 0
         self.stamps = np.zeros((num_pages, page_size), dtype=np.int64)
 
@@ -136,7 +146,9 @@ class KVRunner(FakeRunner):
         if row.sample is None:
             return result
         ids = self.kv[row.pages].reshape(-1)[: row.start + len(row.token_ids)].tolist()
-        return RowResult(token=draw(ids, row.sample.forbidden), score_logprobs=result.score_logprobs)
+        held = row.sample.constraint
+        allowed = None if held is None else allowed_ids(row.sample, self.vocab_size)
+        return RowResult(token=draw(ids, row.sample.forbidden, allowed), score_logprobs=result.score_logprobs)
 
     def erase(self, pages: Sequence[int]) -> None:
         """Make what was freed unreadable."""
@@ -159,30 +171,62 @@ class Spoken:
     matched: str | int | None = None
 
 
-def speak(ids: Sequence[int], params: SamplingParams, context_len: int) -> Spoken:
+def speak(ids: Sequence[int], params: SamplingParams, context_len: int, grammar: Grammar | None = None) -> Spoken:
     """What a generation after `ids` must give."""
     drawn: list[int] = []
-    eos = () if params.ignore_eos else (EOS,)
-    early = (*TOKENIZER.eos_ids, *params.stop_token_ids)
+    held = None if grammar is None else _held(grammar, params, context_len - len(ids))
+    coming = [] if held is None else held.begin()
     while True:
-        token = draw([*ids, *drawn], early if len(drawn) < params.min_tokens else ())
-        text = text_of(drawn)
-        drawn.append(token)
-        if token in (*eos, *params.stop_token_ids):
-            return Spoken(tuple(drawn), len(drawn) - 1, "", text, "stop", token)
-        after = text_of(drawn)
-        for end in range(1, len(after) + 1):
-            hits = [stop for stop in params.stop if after[:end].endswith(stop)]
-            if hits:
-                stop = max(hits, key=len)
-                kept_text = after[: end - len(stop)]
-                kept = max(k for k in range(len(drawn) + 1) if len(text_of(drawn[:k])) <= len(kept_text))
-                leftover = kept_text[len(text_of(drawn[:kept])) :]
-                return Spoken(tuple(drawn), kept, leftover, kept_text, "stop", stop)
-        if len(drawn) >= params.max_tokens:
-            return Spoken(tuple(drawn), len(drawn), "", after, "length")
-        if len(ids) + len(drawn) >= context_len:
-            return Spoken(tuple(drawn), len(drawn), "", after, "context")
+        for token in coming:
+            spoken = _spoken(ids, drawn, token, params, context_len, has_grammar=held is not None)
+            if spoken is not None:
+                return spoken
+        if held is not None and held.is_ended:
+            return Spoken(tuple(drawn), len(drawn), "", text_of(drawn), "stop")
+        forbidden = (*TOKENIZER.eos_ids, *params.stop_token_ids) if len(drawn) < params.min_tokens else ()
+        if held is None:
+            coming = [draw([*ids, *drawn], forbidden)]
+        else:
+            coming = held.advance(draw([*ids, *drawn], (), _allowed(held, forbidden)))
+
+
+def _held(grammar: Grammar, params: SamplingParams, room: int) -> GrammarConstraint:
+    matcher = GRAMMARS.find(GrammarKey(grammar.kind, grammar.source, ""))
+    assert matcher is not None
+    budget = min(params.max_tokens, room)
+    return GrammarConstraint(grammar, matcher, VOCABULARY, budget, ignore_eos=params.ignore_eos)
+
+
+def _allowed(held: GrammarConstraint, forbidden: tuple[int, ...]) -> list[int]:
+    words = np.zeros(VOCABULARY.num_words, dtype=np.uint32)
+    held.fill(words, forbidden)
+    allowed: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+    return allowed
+
+
+def _spoken(
+    ids: Sequence[int], drawn: list[int], token: int, params: SamplingParams, context_len: int, *, has_grammar: bool
+) -> Spoken | None:
+    """Append a token to `drawn`; return what was said, if that ends it."""
+    eos = () if params.ignore_eos and not has_grammar else (EOS,)
+    text = text_of(drawn)
+    drawn.append(token)
+    if token in (*eos, *params.stop_token_ids):
+        return Spoken(tuple(drawn), len(drawn) - 1, "", text, "stop", token)
+    after = text_of(drawn)
+    for end in range(1, len(after) + 1):
+        hits = [stop for stop in params.stop if after[:end].endswith(stop)]
+        if hits:
+            stop = max(hits, key=len)
+            kept_text = after[: end - len(stop)]
+            kept = max(k for k in range(len(drawn) + 1) if len(text_of(drawn[:k])) <= len(kept_text))
+            leftover = kept_text[len(text_of(drawn[:kept])) :]
+            return Spoken(tuple(drawn), kept, leftover, kept_text, "stop", stop)
+    if len(drawn) >= params.max_tokens:
+        return Spoken(tuple(drawn), len(drawn), "", after, "length")
+    if len(ids) + len(drawn) >= context_len:
+        return Spoken(tuple(drawn), len(drawn), "", after, "context")
+    return None
 
 
 class Refused(Exception):
@@ -543,7 +587,7 @@ class Oracle:
             return True
         if isinstance(op.request, Generate):
             assert isinstance(reply, Generated), reply
-            spoken = speak(op.context, op.request.params, self.context_len)
+            spoken = self._spoken(op)
             leaf.ids += spoken.drawn[: spoken.kept]
             leaf.tail.follow_tokens()
             leaf.tail.append(spoken.leftover)
@@ -554,6 +598,8 @@ class Oracle:
             assert reply.usage.prompt_tokens == len(op.context)
             assert reply.usage.completion_tokens == len(spoken.drawn)
             assert not op.request.stream or op.streamed == reply.text, "deltas and text differ"
+            grammar = op.request.grammar
+            assert reply.is_whole == (grammar is None or re.fullmatch(grammar.source, reply.text) is not None)
         else:
             assert isinstance(op.request, Select | Score)
             assert isinstance(reply, Selected), reply
@@ -597,9 +643,13 @@ class Oracle:
         assert isinstance(count, int)
         assert -(-count // self.page_size) > free_pages, f"{count} tokens would fit {free_pages} pages: {reply}"
         if isinstance(op.request, Generate):
-            spoken = speak(op.context, op.request.params, self.context_len)
+            spoken = self._spoken(op)
             drawn = spoken.drawn[: count - len(op.context)]
             assert reply.details["partial_text"] == text_of(drawn)
+
+    def _spoken(self, op: Op) -> Spoken:
+        assert isinstance(op.request, Generate)
+        return speak(op.context, op.request.params, self.context_len, op.request.grammar)
 
     def delta(self, slot: int, reply: Delta, ids: list[int]) -> None:
         op = self.ops[slot][reply.op]
@@ -608,7 +658,7 @@ class Oracle:
         op.credit -= len(ids)
         op.streamed += reply.text
         assert isinstance(op.request, Generate)
-        assert speak(op.context, op.request.params, self.context_len).text.startswith(op.streamed)
+        assert self._spoken(op).text.startswith(op.streamed)
 
     def partial(self, slot: int, reply: Failed) -> None:
         """A cancelled generation gives back the beginning of what it would have said, with all that was sent."""
@@ -618,7 +668,7 @@ class Oracle:
             return
         assert isinstance(partial, str)
         assert partial.startswith(op.streamed), "text that was sent is lost"
-        assert text_of(speak(op.context, op.request.params, self.context_len).drawn).startswith(partial)
+        assert text_of(self._spoken(op).drawn).startswith(partial)
 
 
 def _scores(context: Sequence[int], ids: list[int], skip: int) -> list[float]:
@@ -653,7 +703,9 @@ class World:
             clock=self.clock,
         )
         credit = self.config.credit
-        composer = Composer(PROMPTER, vocab_size=TOKENIZER.vocab_size, context_len=context_len, seed=1, credit=credit)
+        composer = Composer(
+            PROMPTER, vocab_size=TOKENIZER.vocab_size, context_len=context_len, seed=1, credit=credit, grammars=GRAMMARS
+        )
         in_flight = InFlight(self.scheduler, self.runner, credit=credit, clock=self.clock)
         self.engine = Engine(self.config, self.scheduler, in_flight, composer, epoch=1, clock=self.clock)
         self.oracle = Oracle(
@@ -698,10 +750,19 @@ class World:
         return self.send(slot, Extend, branch=branch, parts=list(parts))
 
     def generate(
-        self, slot: int, branch: int, *, stream: bool = False, timeout_s: float | None = None, **p: Any
+        self,
+        slot: int,
+        branch: int,
+        *,
+        stream: bool = False,
+        timeout_s: float | None = None,
+        regex: str | None = None,
+        **p: Any,
     ) -> int:
         params = SamplingParams(**{"max_tokens": 5, "ignore_eos": True, **p})
-        return self.send(slot, Generate, branch=branch, params=params, stream=stream, timeout_s=timeout_s)
+        grammar = None if regex is None else Grammar(kind="regex", source=regex)
+        fields: dict[str, Any] = {"stream": stream, "timeout_s": timeout_s, "grammar": grammar}
+        return self.send(slot, Generate, branch=branch, params=params, **fields)
 
     def step(self) -> bool:
         """One step of the engine, with the deadlines before it."""
@@ -795,6 +856,7 @@ class World:
             assert self.oracle.complete(slot, reply, ids, self.pages_left), f"unexpected {reply}"
             if isinstance(reply, Generated | Selected):
                 self.seen["hit"] += reply.usage.cached_tokens > 0
+                self.seen["forced by a grammar"] += isinstance(reply, Generated) and reply.usage.forced_tokens > 0
                 self.seen[f"finished by {getattr(reply, 'finish_reason', 'choice')}"] += 1
         if isinstance(reply, Failed):
             self.seen[f"failed: {reply.kind}"] += 1
