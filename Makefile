@@ -12,6 +12,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := $(wildcard kernels/native/*) # compiled when the package is installed
 SOURCES := lang runtime kernels tests examples benchmarks
 
 .PHONY: demo test kernels check format pocket pocket-eval bench clean
@@ -50,11 +51,11 @@ bench: $(VENV)/.installed
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(VENV)/bin/python
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
 	touch $@ $(VENV)/.installed
 

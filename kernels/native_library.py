@@ -35,7 +35,7 @@ def native_library() -> Any:
             getattr(library, name).restype = None
         built = library.bough_version()
     except (OSError, AttributeError) as error:
-        log.warning("the compiled kernels cannot be used, PyTorch does their work: %s", error)
+        log.warning("the compiled kernels cannot be used, PyTorch does their work (install bough again?): %s", error)
         return None
     if built != VERSION:
         log.warning("the compiled kernels are of another version (%d, not %d): install bough again", built, VERSION)

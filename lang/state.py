@@ -508,6 +508,8 @@ class State(AsyncReads, TimeTravel, Searching):
         """
         from bough.joins import adopt
 
+        if not isinstance(branch, State):
+            raise InvalidRequest(f"adopt takes a branch of this state, got {branch!r}", field="branch")
         adopt(self, branch)
 
     def copy(self) -> Copy:

@@ -117,6 +117,11 @@ def test_concat_is_exact() -> None:
     assert s.text() == "p a1 a2"
 
 
+def test_what_is_no_branch_cannot_be_adopted() -> None:
+    with pytest.raises(bo.InvalidRequest, match="adopt takes a branch of this state, got 3"):
+        State(say("a")).adopt(3)  # type: ignore[arg-type]
+
+
 def test_a_state_goes_on_as_the_branch_that_is_picked() -> None:
     backend = say("long one", "x", "short", "then")
     s = State(backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -37,6 +39,26 @@ def test_the_code_of_a_page_runs_on_the_bundled_model(
 ) -> None:
     monkeypatch.setattr(bo, "Runtime", lambda *args, **options: Borrowed(pocket))
     run(ROOT / name, tmp_path)
+
+
+def test_every_public_name_is_in_a_page() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    assert [name for name in bo.__all__ if not re.search(rf"\b{name}\b", pages)] == []
+
+
+def test_every_option_of_the_runtime_is_in_its_page() -> None:
+    from bough.runtime.__main__ import build_parser
+
+    text = (ROOT / "docs" / "runtime.md").read_text()
+    flags = [
+        flag
+        for action in build_parser()._actions
+        if action.help != argparse.SUPPRESS
+        for flag in action.option_strings
+        if flag.startswith("--")
+    ]
+    named = [name for name in inspect.signature(bo.Runtime.__init__).parameters if name not in ("self", "server_args")]
+    assert [flag for flag in [*flags, *named] if flag not in text and flag not in ("--help", "model_path")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
