@@ -1,6 +1,7 @@
 # make demo    a fresh machine -> a program running on its own runtime, offline with the bundled model
 # make test    the whole suite
 # make kernels compile every GPU kernel ahead of time (minutes) and hold it to its limits
+# make bench   a minute of bough beside its peers; BENCH_ARGS="--budget 480 --save" for figures to quote
 # make check   what CI checks besides the tests: format, lint, types, layering
 #
 # PYTHON picks the interpreter of .venv; PIP_ARGS, PIP_* variables and pip's own configuration are passed to pip.
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV_ARGS ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --quick
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard kernels/native/*) # compiled when the package is installed
@@ -46,7 +48,7 @@ pocket-eval: $(VENV)/.installed
 	$(BIN)/python -P -m bough.runtime.pocket.evaluate
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_serving.py
+	$(BIN)/bough bench $(BENCH_ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)

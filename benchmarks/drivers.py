@@ -43,7 +43,7 @@ class Call:
     num_given: int = 0
 
 
-def _num_different(rows: Sequence[list[int]]) -> int:
+def num_different(rows: Sequence[list[int]]) -> int:
     """Return how many tokens are left of some rows where those that begin alike share their beginning."""
     return len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
 
@@ -74,11 +74,12 @@ class Run:
         }
         if generated:
             times = [call.token_times for call in self.calls]
-            first = [(seen[0] - call.asked_at) * 1e3 for call, seen in zip(self.calls, times, strict=True)]
+            first = [(seen[0] - call.asked_at) * 1e3 for call, seen in zip(self.calls, times, strict=True) if seen]
             gaps = [(b - a) * 1e3 for seen in times for a, b in pairwise(seen)]
             figures["generated_tok_s"] = generated / self.wall_s
             figures |= {"ttft_p50_ms": percentile(first, 0.5), "ttft_p99_ms": percentile(first, 0.99)}
-            figures |= {"gap_p50_ms": percentile(gaps, 0.5), "gap_p99_ms": percentile(gaps, 0.99)}
+            if gaps:  # answers of one token have none
+                figures |= {"gap_p50_ms": percentile(gaps, 0.5), "gap_p99_ms": percentile(gaps, 0.99)}
         return figures
 
     def best_hit_rate(self) -> float:
@@ -144,7 +145,7 @@ class Bough:
                     calls.append(Call(asked_at, [ids + token_ids(choice)[:-1] for choice in choices]))
                     selected = runtime.select(branch, choices, "token_length_normalized").result(_WAIT_S)
                     calls[-1].answer, calls[-1].cached_tokens = [selected.index], selected.usage.cached_tokens
-                    calls[-1].num_given = len(ids) + _num_different([p[len(ids) :] for p in calls[-1].prompts])
+                    calls[-1].num_given = len(ids) + num_different([p[len(ids) :] for p in calls[-1].prompts])
                 case Fork(branches):
                     self._fork(branch, branches, ids, calls)
 

@@ -1,7 +1,7 @@
-"""The model the benchmarks run: a 30M-parameter Llama shape with random weights, as a Hugging Face folder.
+"""The models the benchmarks run: Llama shapes of 30M, 110M and 0.5B parameters with random weights, as folders.
 
-8 layers, hidden 512, 8 heads, 4 KV heads, MLP 1536, vocabulary 8192, tied, bfloat16. Speed does not depend on what the
-weights are, so they are random and seeded.
+By default 8 layers, hidden 512, 8 heads, 4 KV heads, MLP 1536, vocabulary 8192, tied, bfloat16 (30M). Speed does not
+depend on what the weights are, so they are random and seeded.
 
 Its tokenizer is an ordinary byte-level BPE whose merges are written down rather than trained: 7,735 words such as
 " bavo" are exactly one token each, so a prompt of n words has n tokens, and any other text still falls back to bytes.
@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
@@ -25,7 +27,25 @@ _SYLLABLES: Final = ["".join(pair) for pair in product("bdfghjklmnprstvwxyzc", "
 _NUM_FIXED: Final = 256 + 2 * len(_SYLLABLES) + 1  # bytes, syllables with and without a space before, end of text
 _SPACE: Final = "\u0120"  # how byte-level BPE writes a space
 _END: Final = "<|end|>"
-_RECIPE: Final = "llama-30m-2"  # count up when the recipe changes
+_RECIPE: Final = 2  # count up when the recipe changes
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama shape; a head has 64 dimensions."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+
+
+SIZES: Final = {
+    "30m": Size(hidden=512, layers=8, heads=8, kv_heads=4, mlp=1536),
+    "110m": Size(hidden=768, layers=16, heads=12, kv_heads=4, mlp=2048),
+    "0.5b": Size(hidden=1024, layers=32, heads=16, kv_heads=4, mlp=4096),
+}
 
 
 def words() -> list[str]:
@@ -36,27 +56,47 @@ def words() -> list[str]:
 
 def token_ids(text: str) -> list[int]:
     """Return the ids of a text that consists of `words`, without a tokenizer."""
-    return [_FIRST_WORD + _PLACES[word] for word in text.split()]
+    return [FIRST_WORD + _PLACES[word] for word in text.split()]
+
+
+def text_of(ids: Iterable[int]) -> str:
+    """Return the text of words' ids. Raises IndexError for an id that is no word's."""
+    return "".join(_WORDS[token - FIRST_WORD] if token >= FIRST_WORD else _no_word(token) for token in ids)
+
+
+def _no_word(token: int) -> str:
+    raise IndexError(f"token {token} is no word of the benchmark's models")
 
 
 def llama_30m(models_dir: Path) -> Path:
-    """Return the model's folder, made now if it is not there."""
-    folder = models_dir.expanduser() / _RECIPE
+    """Return the folder of the 30M model, made now if it is not there."""
+    return llama(models_dir, "30m")
+
+
+def llama(models_dir: Path, size: str) -> Path:
+    """Return the folder of the model of that size (a key of SIZES), made now if it is not there."""
+    return made(models_dir.expanduser() / f"llama-{size}-{_RECIPE}", SIZES[size])
+
+
+def made(folder: Path, size: Size) -> Path:
+    """Return `folder` with a model of that shape in it, made now if it is not there."""
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(dir=folder.parent))
     try:
         _save_tokenizer(unfinished)
-        _save_model(unfinished)
+        _save_model(unfinished, size)
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-_FIRST_WORD: Final = _NUM_FIXED - 1
-_PLACES: Final = {word.strip(): place for place, word in enumerate(words())}
+FIRST_WORD: Final = _NUM_FIXED - 1
+"""The id of the first word; the last is VOCAB_SIZE - 2."""
+_WORDS: Final = words()
+_PLACES: Final = {word.strip(): place for place, word in enumerate(_WORDS)}
 
 
 def _save_tokenizer(folder: Path) -> None:
@@ -81,17 +121,17 @@ def _save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def _save_model(folder: Path) -> None:
+def _save_model(folder: Path, size: Size) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -104,6 +144,6 @@ def _save_model(folder: Path) -> None:
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         table *= 0.2
-        table[:_FIRST_WORD] *= 0.01
+        table[:FIRST_WORD] *= 0.01
         table[-1] *= 0.01
     model.to(torch.bfloat16).save_pretrained(folder)

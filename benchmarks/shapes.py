@@ -46,10 +46,10 @@ class Shape:
     paper_optimum: float
     stream: Callable[[Writer], Iterator[Program]]
 
-    def programs(self, num_requests: int, seed: int = 0) -> list[Program]:
-        """Return the first programs that make `num_requests` requests or a little more."""
+    def programs(self, num_requests: int, seed: int = 0, writer: Writer | None = None) -> list[Program]:
+        """Return the first programs that make `num_requests` requests or a little more. writer: one of other texts."""
         programs: list[Program] = []
-        stream, num = self.stream(Writer(seed)), 0
+        stream, num = self.stream(writer or Writer(seed)), 0
         while num < num_requests:
             programs.append(next(stream))
             num += len(programs[-1])
@@ -57,14 +57,18 @@ class Shape:
 
 
 class Writer:
-    """Draws ids and lengths."""
+    """Draws ids from `first` up to `end`, and lengths; texts have `scale` of the length they are asked for."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, scale: float = 1.0, first: int = 1, end: int = VOCAB) -> None:
         self._random = np.random.default_rng(seed)
+        self._scale, self._first, self._end = scale, first, end
 
     def text(self, least: int, most: int | None = None) -> IntArray:
-        """Return at least `least` and at most `most` ids, by default exactly `least`."""
-        return self._random.integers(1, VOCAB, self.number(least, most or least)).astype(np.int32)
+        """Return at least `least` and at most `most` ids, by default exactly `least`, before they are scaled."""
+        length = self.number(least, most or least)
+        if self._scale != 1.0:
+            length = max(min(length, 2), round(length * self._scale))
+        return self._random.integers(self._first, self._end, length).astype(np.int32)
 
     def number(self, least: int, most: int) -> int:
         return int(self._random.integers(least, most + 1))

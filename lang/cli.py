@@ -1,4 +1,4 @@
-"""The `bough` command: serve a model, run a program."""
+"""The `bough` command: serve a model, run a program, measure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("file", help="the Python file; it runs as __main__")
     run.add_argument("args", nargs=argparse.REMAINDER, help="passed on to the file")
 
+    commands.add_parser(
+        "bench",
+        add_help=False,
+        help="measure bough beside its peers (from a checkout); --quick takes a minute",
+    )
+
     options, rest = parser.parse_known_args(argv)
+    if options.command == "bench":
+        return _bench(list(sys.argv[1:] if argv is None else argv)[1:])
     if options.command == "serve":
         return _serve(options.model, options.listen, rest)
     if rest:
@@ -46,6 +54,23 @@ def _serve(model: str, address: str, rest: Sequence[str]) -> int:
     command = [*module_command(), model, "--listen", address, *rest]
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def _bench(rest: Sequence[str]) -> int:
+    """Become the benchmark suite, which is no part of the package: it is a checkout's folder `benchmarks`."""
+    beside = os.path.dirname(os.path.dirname(os.path.abspath(bough.__file__)))  # an editable install's checkout
+    for folder in (beside, os.getcwd()):
+        script = os.path.join(folder, "benchmarks", "bench_suite.py")
+        if os.path.isfile(script) and os.path.isfile(os.path.join(folder, "lang", "cli.py")):
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, script, *rest])
+    print(
+        "bough: the benchmarks are in the source repository, not in the installed package: run `bough bench` in the "
+        "folder of a checkout, or install one with pip install --editable",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _run(file: str, args: Sequence[str], model: str, address: str | None) -> int:

@@ -52,6 +52,22 @@ def test_an_error_of_the_program_is_the_programs(tmp_path: Path) -> None:
         cli.main(["run", "--address", peer.address, str(tmp_path / "program.py")])
 
 
+def test_bench_becomes_the_checkouts_suite_and_passes_its_options_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append(argv))
+    monkeypatch.setattr(bo, "__file__", str(tmp_path / "site-packages" / "bough" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--quick"]) == 2
+    assert "in the source repository" in capsys.readouterr().err
+    monkeypatch.chdir(Path(__file__).parents[2])
+    cli.main(["bench", "--quick", "--budget", "9"])
+    assert [argv[2:] for argv in calls] == [["--quick", "--budget", "9"]]
+    assert Path(calls[0][1]).name == "bench_suite.py"
+    assert Path(calls[0][1]).is_file()
+
+
 def test_serve_becomes_the_runtime_and_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, argv: calls.append(argv))

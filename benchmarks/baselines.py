@@ -1,0 +1,320 @@
+"""The suite's peers: `transformers` generate, its continuous batching, and vLLM; the same weights, ids and counts.
+
+Each runs in a process of its own (clients.Hosted) and is told token ids, so none pays for a wire or a tokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging as python_logging
+import os
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+from clients import NotInstalled, NotPossible, carry_out, peak_bytes
+from drivers import Call, Run
+from traces import Ask, Program, Trace
+
+_BATCH: Final = 32
+HOW_TO_INSTALL_VLLM: Final = (
+    "vllm is not installed. It pins a torch of its own, so give it a virtual environment, install vLLM's CPU build "
+    "there as its documentation says (Installation, CPU), then this checkout: pip install --no-deps -e . and its "
+    "dependencies except torch; run the suite from there"
+)
+
+
+class Generate:
+    """`transformers` generate: whatever is ready of all programs goes as batches of up to 32, padded on the left.
+
+    It keeps nothing between calls: every prompt is computed from its beginning. A batch runs as long as its longest
+    answer, the tokens past a row's own count are not counted. Peak memory is the process's, torch included.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self._torch, self._model = _load(model)
+
+    def run(self, trace: Trace) -> Run:
+        """Carry the trace out: programs in groups of `concurrency`, each group ask by ask."""
+        calls: list[Call] = []
+        program_s: list[float] = []
+        begin = time.perf_counter()
+        with self._torch.inference_mode():
+            for at in range(0, len(trace.programs), trace.concurrency):
+                group_begin = time.perf_counter()
+                group = trace.programs[at : at + trace.concurrency]
+                calls += self._group(group)
+                program_s += [time.perf_counter() - group_begin] * len(group)
+        return Run(time.perf_counter() - begin, program_s, calls)
+
+    def peak_bytes(self) -> int | None:
+        """Return this process's peak."""
+        return peak_bytes()
+
+    def close(self) -> None:
+        """Nothing is left running."""
+
+    def _group(self, programs: Sequence[Program]) -> list[Call]:
+        answers: list[dict[int, list[int]]] = [{} for _ in programs]
+        calls: list[Call] = []
+        while True:
+            ready = [
+                (i, place, ask)
+                for i, program in enumerate(programs)
+                for place, ask in enumerate(program)
+                if place not in answers[i] and all(before in answers[i] for before in ask.after)
+            ]
+            if not ready:
+                return calls
+            now = time.perf_counter()  # all of a wave were asked now; those of its later batches wait
+            asked = [(i, place, ask, ask.prompt(answers[i])) for i, place, ask in ready]
+            asked.sort(key=lambda one: (one[2].num_tokens, len(one[3])))  # batches of like lengths waste least
+            for at in range(0, len(asked), _BATCH):
+                batch = asked[at : at + _BATCH]
+                for (i, place, _, _), call in zip(batch, self._answer(now, batch), strict=True):
+                    answers[i][place] = call.answer
+                    calls.append(call)
+
+    def _answer(self, now: float, batch: Sequence[tuple[int, int, Ask, list[int]]]) -> list[Call]:
+        if any(ask.choices for _, _, ask, _ in batch):
+            return [self._select(now, prompt, ask) for _, _, ask, prompt in batch]
+        calls = [Call(now, [prompt]) for *_, prompt in batch]
+        most = max(ask.num_tokens for _, _, ask, _ in batch)
+        ids, mask = self._padded([prompt for *_, prompt in batch])
+        clock = _Clock()
+        length = {"max_new_tokens": most, "min_new_tokens": most}
+        done = self._model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, streamer=clock, **length)
+        answers = done[:, ids.shape[1] :].tolist()
+        for call, (_, _, ask, _), answer in zip(calls, batch, answers, strict=True):
+            call.answer, call.token_times = answer[: ask.num_tokens], clock.times[1 : 1 + ask.num_tokens]
+        return calls
+
+    def _select(self, now: float, prompt: list[int], ask: Ask) -> Call:
+        """Score all choices in one batch padded on the right, logits for the choices only."""
+        torch, longest = self._torch, max(map(len, ask.choices))
+        rows = [prompt + list(choice) + [0] * (longest - len(choice)) for choice in ask.choices]
+        ids = torch.tensor(rows)
+        logits = self._model(ids[:, :-1], logits_to_keep=longest, use_cache=False).logits.float()
+        scores = logits.log_softmax(-1).gather(2, ids[:, -longest:, None])[:, :, 0]
+        sizes = torch.tensor([len(choice) for choice in ask.choices])
+        means = (scores * (torch.arange(longest) < sizes[:, None])).sum(1) / sizes
+        prompts = [prompt + list(choice[:-1]) for choice in ask.choices]
+        return Call(now, prompts, answer=[int(means.argmax())])
+
+    def _padded(self, prompts: Sequence[list[int]]) -> tuple[Any, Any]:
+        torch, longest = self._torch, max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return ids, mask
+
+
+class _Clock:
+    """A streamer that keeps the time of each step; the first is the prompt's."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, ids: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """All was put."""
+
+
+class ContinuousBatching:
+    """The continuous batching of `transformers`, with its sharing of prefix blocks, and its pages as small as bough's.
+
+    A manager per run, so that each begins cold; making it is not timed. It scores no choices and says nothing of hits.
+    """
+
+    def __init__(self, model: Path, *, pool_tokens: int, page_size: int = 16) -> None:
+        self._torch, self._model = _load(model)
+        self._pool_tokens, self._page_size = pool_tokens, page_size
+        self._manager: Any = None
+        self._numbers = count()
+        self._open: dict[str, tuple[Call, Future[Call]]] = {}
+
+    def run(self, trace: Trace) -> Run:
+        """Carry the trace out."""
+        import transformers
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        if trace.selects:
+            raise NotPossible("continuous batching scores no choices")
+        config = ContinuousBatchingConfig(
+            page_size=self._page_size,
+            num_blocks=self._pool_tokens // self._page_size,
+            max_batch_tokens=1024,
+            use_cuda_graph=False,
+        )
+        library: Any = transformers  # parts of it have no types
+        greedy = library.GenerationConfig(do_sample=False, eos_token_id=-1)
+        self._manager = self._model.init_continuous_batching(greedy, config)
+        self._manager.start()
+        reader = threading.Thread(target=self._read, daemon=True)
+        try:
+            self._warm_up()
+            reader.start()
+            return carry_out(trace, self._start)
+        finally:
+            self._manager.stop(block=True)
+
+    def peak_bytes(self) -> int | None:
+        """Return this process's peak."""
+        return peak_bytes()
+
+    def close(self) -> None:
+        """Nothing is left running: a run stops its manager."""
+
+    def _warm_up(self) -> None:
+        """Wait until the manager has its memory and answered once."""
+        self._manager.add_request([1, 2, 3], max_new_tokens=1, eos_token_id=-1)
+        while (result := self._manager.get_result(timeout=60.0)) is not None and not result.is_finished():
+            pass
+
+    def _start(self, prompt: list[int], ask: Ask) -> Future[Call]:
+        call, done, name = Call(time.perf_counter(), [prompt]), Future[Call](), f"ask-{next(self._numbers)}"
+        self._open[name] = call, done
+        self._manager.add_request(
+            prompt, request_id=name, max_new_tokens=ask.num_tokens, streaming=True, eos_token_id=-1
+        )
+        return done
+
+    def _read(self) -> None:
+        """Take results as they come, until the manager has stopped."""
+        manager = self._manager
+        while manager.is_running():
+            result = manager.get_result(timeout=0.05)
+            if result is None:
+                if (error := manager.background_thread_status.fatal_error) is not None:
+                    self._fail(f"continuous batching stopped: {error}")
+                    return
+                continue
+            call, done = self._open[result.request_id]
+            new = len(result.generated_tokens) - len(call.token_times)
+            call.token_times += [time.perf_counter()] * new
+            if result.error is not None:
+                self._fail(result.error)
+            elif result.is_finished():
+                call.answer = list(result.generated_tokens)
+                del self._open[result.request_id]
+                done.set_result(call)
+
+    def _fail(self, message: str) -> None:
+        for _, done in self._open.values():
+            done.set_exception(RuntimeError(message))
+        self._open.clear()
+
+
+class Vllm:
+    """vLLM's AsyncLLM with automatic prefix caching, in bfloat16; on a machine without a GPU, its CPU build.
+
+    Written from its documentation (AsyncLLM, SamplingParams, TokensPrompt). The engine's core runs in a process of its
+    own; peak memory is that of the process with the most.
+    """
+
+    def __init__(self, model: Path, *, pool_tokens: int) -> None:
+        if find_spec("vllm") is None:
+            raise NotInstalled(HOW_TO_INSTALL_VLLM)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; pool_tokens of the 30M shape take half of one
+        from vllm import AsyncEngineArgs  # type: ignore[import-not-found,unused-ignore]
+        from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found,unused-ignore]
+
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        arguments = AsyncEngineArgs(
+            model=str(model),
+            dtype="bfloat16",
+            enable_prefix_caching=True,
+            max_num_seqs=64,
+            max_model_len=8192,
+            num_gpu_blocks_override=pool_tokens // 16,
+            block_size=16,
+            seed=0,
+        )
+
+        async def begin() -> Any:
+            return AsyncLLM.from_engine_args(arguments)
+
+        self._engine: Any = self._wait(begin())
+        self._numbers = count()
+
+    def run(self, trace: Trace) -> Run:
+        """Carry the trace out."""
+        self._wait(self._engine.reset_prefix_cache())
+        return carry_out(trace, self._start)
+
+    def peak_bytes(self) -> int | None:
+        """Return the peak of the engine's process, or of this one if that is more."""
+        pids = [os.getpid(), *_children(os.getpid())]
+        return max((peak for pid in pids if (peak := peak_bytes(pid)) is not None), default=None)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.shutdown()
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(600.0)
+
+    def _start(self, prompt: list[int], ask: Ask) -> Future[Call]:
+        call = Call(time.perf_counter(), [prompt + list(choice[:-1]) for choice in ask.choices] or [prompt])
+        return asyncio.run_coroutine_threadsafe(
+            self._select(prompt, ask, call) if ask.choices else self._generate(prompt, ask, call), self._loop
+        )
+
+    async def _generate(self, prompt: list[int], ask: Ask, call: Call) -> Call:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=ask.num_tokens, ignore_eos=True)
+        async for output in self._stream(prompt, params):
+            call.answer = list(output.outputs[0].token_ids)
+            call.token_times += [time.perf_counter()] * (len(call.answer) - len(call.token_times))
+            call.cached_tokens = output.num_cached_tokens or 0
+        return call
+
+    async def _select(self, prompt: list[int], ask: Ask, call: Call) -> Call:
+        """Score each choice by the log-probabilities of its prompt."""
+        means = await asyncio.gather(*(self._score(prompt, list(choice), call) for choice in ask.choices))
+        call.answer = [max(range(len(means)), key=means.__getitem__)]
+        return call
+
+    async def _score(self, prompt: list[int], choice: list[int], call: Call) -> float:
+        from vllm import SamplingParams
+
+        ids, last = prompt + choice, None
+        async for output in self._stream(ids, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)):
+            last = output
+        assert last is not None, "a request has an output"
+        call.cached_tokens += last.num_cached_tokens or 0
+        scores: list[float] = [last.prompt_logprobs[i][ids[i]].logprob for i in range(len(prompt), len(ids))]
+        return sum(scores) / len(scores)
+
+    def _stream(self, ids: list[int], params: Any) -> Any:
+        from vllm.inputs import TokensPrompt  # type: ignore[import-not-found,unused-ignore]
+
+        return self._engine.generate(TokensPrompt(prompt_token_ids=ids), params, f"ask-{next(self._numbers)}")
+
+
+def _load(model: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    quiet: Any = logging
+    quiet.disable_progress_bar()
+    quiet.set_verbosity_error()
+    python_logging.getLogger("ContinuousBatchingLogger").setLevel("CRITICAL")  # it asks for psutil at every run
+    return torch, AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

@@ -1,0 +1,240 @@
+"""The suite's workloads, carried out by every system in the same way: seeded programs of asks.
+
+A program is a tuple of asks; an ask is sent when those it names in `after` have their answers, and its prompt may
+contain what they answered. The paper's eleven shapes are those of shapes.py, which the simulator runs too: there an
+answer is drawn in advance, here the place where it stands in a later prompt is left open for what the model says. Texts
+are `scale` of the paper's length, so that a run takes seconds on two cores; what is shared with what stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from models import FIRST_WORD, VOCAB_SIZE
+from shapes import SHAPES, Writer
+from shapes import Program as Recorded
+
+from bough.runtime.vector import IntArray
+
+Ids: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. parts: its prompt, ids or the place of the ask whose answer goes there; after: places of asks.
+
+    num_tokens: how many greedy tokens to generate, end of text or not. choices: instead, which of these is likeliest,
+    by log-probability per token.
+    """
+
+    parts: tuple[Ids | int, ...]
+    num_tokens: int = 0
+    choices: tuple[Ids, ...] = ()
+    after: tuple[int, ...] = ()
+
+    def prompt(self, answers: Mapping[int, Sequence[int]]) -> list[int]:
+        """Return the prompt's ids, given the answers to the asks before."""
+        return [token for part in self.parts for token in (answers[part] if isinstance(part, int) else part)]
+
+
+Program: TypeAlias = tuple[Ask, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A workload. kind: "headline", "paper" or "sweep", in order of importance; concurrency: programs at once.
+
+    width, prefix: of a sweep's point, else 0.
+    """
+
+    name: str
+    shape: str
+    kind: str
+    programs: tuple[Program, ...]
+    concurrency: int
+    width: int = 0
+    prefix: int = 0
+
+    @property
+    def selects(self) -> bool:
+        """Whether it asks for choices."""
+        return any(ask.choices for program in self.programs for ask in program)
+
+    def num_prompt_tokens(self) -> int:
+        """Return the tokens of all prompts; a select's count once per choice."""
+        return sum(_length(program, ask) for program in self.programs for ask in program)
+
+    def num_generated(self) -> int:
+        """Return the tokens that all asks generate."""
+        return sum(ask.num_tokens for program in self.programs for ask in program)
+
+
+def _length(program: Program, ask: Ask) -> int:
+    prompt = sum(program[part].num_tokens if isinstance(part, int) else len(part) for part in ask.parts)
+    return sum(prompt + len(choice) - 1 for choice in ask.choices) if ask.choices else prompt
+
+
+def writer(seed: int, scale: float = 1.0) -> Writer:
+    """Return a writer of words that the benchmarks' models have as one token each."""
+    return Writer(seed, scale=scale, first=FIRST_WORD, end=VOCAB_SIZE - 1)
+
+
+# ---------------------------------------------------------------------------------------------- the paper's shapes
+
+
+def from_shape(place: int, num_requests: int, scale: float, concurrency: int = 16, kind: str = "paper") -> Trace:
+    """Return the shape at that place of SHAPES, with its texts scaled."""
+    shape = SHAPES[place]
+    recorded = shape.programs(num_requests, writer=writer(100 + place, scale))
+    programs = tuple(live(program) for program in recorded)
+    look = f"{len(programs)} programs, texts × {scale:g}: {shape.lengths.split(';')[0]}"  # noqa: RUF001
+    return Trace(shape.name, look, kind, programs, concurrency)
+
+
+def live(program: Recorded) -> Program:
+    """Return a recorded program with its answers left open; requests that score one prompt become one select."""
+    asks: list[Ask] = []
+    place_of: dict[int, int] = {}  # a request's place -> its ask's
+    for place, request in enumerate(program):
+        parts = _parts(program, place, place_of)
+        after = tuple(place_of[i] for i in request.after)
+        if request.score_start is not None:
+            question = tuple(request.prompt[: request.score_start].tolist())
+            choice = tuple(request.prompt[request.score_start :].tolist())
+            if asks and asks[-1].choices and asks[-1].parts == (question,):
+                asks[-1] = Ask((question,), choices=(*asks[-1].choices, choice), after=after)
+            else:
+                asks.append(Ask((question,), choices=(choice,), after=after))
+        else:
+            assert request.output is not None, "a request generates or scores"
+            same = sum(ask.parts[: len(parts)] == parts and len(ask.parts) <= len(parts) + 1 for ask in asks)
+            # Siblings that would be sampled apart get a word of their own: greedily they would all say the same.
+            parts = (*parts, (FIRST_WORD + same,)) if same else parts
+            asks.append(Ask(parts, num_tokens=len(request.output), after=after))
+        place_of[place] = len(asks) - 1
+    return tuple(asks)
+
+
+def _parts(program: Recorded, place: int, place_of: Mapping[int, int]) -> tuple[Ids | int, ...]:
+    """Return a prompt cut where the answers stand that it waited for.
+
+    An answer is known by its ids: they are random, so two that are equal from end to end are the same one.
+    """
+    prompt = program[place].prompt
+    found: list[tuple[int, int, int]] = []
+    for before in sorted(_waited_for(program, place)):
+        output = program[before].output
+        if output is not None and len(output) > 1 and (at := _find(prompt, output)) is not None:
+            found.append((at, at + len(output), place_of[before]))
+    parts: list[Ids | int] = []
+    done = 0
+    for begin, end, ask in sorted(found):
+        assert begin >= done, "answers do not overlap"
+        parts += [tuple(prompt[done:begin].tolist())] if begin > done else []
+        parts.append(ask)
+        done = end
+    return (*parts, tuple(prompt[done:].tolist())) if done < len(prompt) else tuple(parts)
+
+
+def _waited_for(program: Recorded, place: int) -> set[int]:
+    """Return the places of all requests that must have finished before this one."""
+    seen: set[int] = set()
+    pending = list(program[place].after)
+    while pending:
+        before = pending.pop()
+        if before not in seen:
+            seen.add(before)
+            pending += program[before].after
+    return seen
+
+
+def _find(ids: IntArray, wanted: IntArray) -> int | None:
+    if len(wanted) > len(ids):
+        return None
+    places = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(ids, len(wanted)) == wanted).all(-1))
+    return int(places[0]) if len(places) else None
+
+
+# ---------------------------------------------------------------------------------------------- sweeps and the control
+
+
+def fork(width: int, prefix: int, own: int, answer: int, kind: str = "sweep") -> Trace:
+    """`width` branches with a little text of their own behind one prefix, all generating at once."""
+    words = writer(width * 10_007 + prefix)
+    shared = words.text(prefix).tolist() if prefix else []
+    asks = tuple(Ask(((*shared, *words.text(own).tolist()),), num_tokens=answer) for _ in range(width))
+    shape = f"{width} × ({prefix} shared + {own}) → {answer}"  # noqa: RUF001
+    name = f"fork {width} × {prefix}" if prefix else f"batch {width}"  # noqa: RUF001
+    return Trace(name, shape, kind, (asks,), 1, width, prefix)
+
+
+def control(prompts: int, prompt: int, answer: int) -> Trace:
+    """Random prompts of which no two begin alike: what a prefix cache costs where it cannot help."""
+    words = writer(5)
+    programs = tuple((Ask((tuple(words.text(prompt).tolist()),), num_tokens=answer),) for _ in range(prompts))
+    return Trace("no sharing", f"{prompts} × {prompt} → {answer}", "headline", programs, prompts)  # noqa: RUF001
+
+
+MMLU, HELLASWAG, REACT, AGENTS, TREE, SKELETON, JUDGE, JSON, CHAT, LONG_CHAT, RAG = range(11)
+
+
+def suite(size: str) -> list[Trace]:
+    """Return all workloads, the most important first. size: "quick", "standard" or "full" (the paper's lengths)."""
+    return _SUITES[size]()
+
+
+def _quick() -> list[Trace]:
+    scale = 0.125
+    return [
+        fork(16, 512, 16, 16, "headline"),
+        from_shape(HELLASWAG, 16, scale, kind="headline"),
+        from_shape(CHAT, 16, scale, kind="headline"),
+        from_shape(TREE, 30, scale, kind="headline"),
+        control(4, 128, 16),
+        *(from_shape(place, 12, scale) for place in (MMLU, REACT, AGENTS, SKELETON, JUDGE, JSON, LONG_CHAT, RAG)),
+        fork(4, 128, 16, 8),
+        fork(8, 512, 16, 8),
+    ]
+
+
+def _standard() -> list[Trace]:
+    return [
+        fork(32, 1024, 32, 64, "headline"),
+        from_shape(HELLASWAG, 24, 0.5, kind="headline"),
+        from_shape(CHAT, 32, 0.5, concurrency=8, kind="headline"),
+        from_shape(TREE, 60, 0.5, concurrency=2, kind="headline"),
+        control(16, 512, 32),
+        from_shape(MMLU, 32, 0.5),
+        from_shape(REACT, 16, 0.5),
+        from_shape(AGENTS, 30, 0.5),
+        from_shape(SKELETON, 30, 0.5),
+        from_shape(JUDGE, 21, 0.5),
+        from_shape(JSON, 30, 0.5),
+        from_shape(LONG_CHAT, 16, 0.5, concurrency=8),
+        from_shape(RAG, 18, 0.5),
+        *_sweep(),
+    ]
+
+
+def _full() -> list[Trace]:
+    headline = (HELLASWAG, CHAT, TREE)
+    return [
+        fork(32, 1024, 32, 64, "headline"),
+        *(from_shape(place, 64, 1.0, kind="headline") for place in headline),
+        control(32, 1024, 64),
+        *(from_shape(place, 64, 1.0) for place in range(len(SHAPES)) if place not in headline),
+        *_sweep(),
+        *(fork(width, prefix, 32, 32) for width in (4, 16, 64) for prefix in (256, 2048)),
+    ]
+
+
+def _sweep() -> list[Trace]:
+    """Batches without a prefix (decode alone), then width times prefix."""
+    points = [(8, 1024), (64, 1024), (16, 4096), (16, 1024), (64, 4096)]
+    return [fork(1, 0, 128, 64), fork(8, 0, 128, 64), *(fork(width, prefix, 32, 32) for width, prefix in points)]
+
+
+_SUITES: Final[Mapping[str, Callable[[], list[Trace]]]] = {"quick": _quick, "standard": _standard, "full": _full}
