@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from bough.errors import BoughError, CheckFailed, InvalidRequest
 from bough.expressions import Expression, Gen, RoleBegin, RoleEnd
-from bough.pieces import GenCall, Item, Mark, Onward, Strand, Trunk, all_items, items_after, variables_of
+from bough.pieces import Cut, GenCall, Item, Mark, Onward, Strand, Trunk, all_items, items_after, variables_of
 from bough.runtime.protocol import MAX_ID
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ class Trial:
         interpreter, strand = self._state._interpreter, Strand()
         with interpreter.lock:
             interpreter._check_open()
+            cut = Cut(interpreter.lengths(), length)
             interpreter._last_extend = interpreter.backend.rollback(interpreter._branch(), length)
-            self._strand.forks.append((self._index, Onward(strand, "rewound to here, then")))
+            self._strand.forks.append((self._index, Onward(strand, "rewound to here, then", cut)))
             interpreter.trunk = Trunk(self._trunk, self._strand, self._index)
             interpreter.strand = strand
             interpreter.role = self._role

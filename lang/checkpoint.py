@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bough.errors import InvalidRequest
 from bough.expressions import Expression, Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, pieces_of
 from bough.interpreter import Interpreter, Lease
-from bough.pieces import GenCall, Item, Mark, Onward, Point, Strand, Trunk, futures_of, items_after, result_of
+from bough.pieces import Cut, GenCall, Item, Mark, Onward, Point, Strand, Trunk, futures_of, items_after, result_of
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Checkpoint:
         "_end",
         "_last_extend",
         "_lease",
+        "_lengths",
         "_num_forks",
         "_point",
         "_role",
@@ -72,6 +73,7 @@ class Checkpoint:
             self._role = interpreter.role
             self._last_extend = interpreter._last_extend
             self._num_forks = interpreter.num_forks
+            self._lengths = interpreter.lengths()
         self._state = weakref.ref(state)
         self._variables = state._variables.copy()
         self._assigned = state._assigned.copy()
@@ -143,13 +145,15 @@ def _go_back(interpreter: Interpreter, mark: Checkpoint) -> None:
     backend.release((old,))
     interpreter.lease.branch = new
     begin, length = mark._point
-    begin.forks.append((length, Onward(strand, "rewound to here, then")))
+    cut = Cut(interpreter.lengths(), mark._lengths)
+    begin.forks.append((length, Onward(strand, "rewound to here, then", cut)))
     interpreter.trunk = Trunk(mark._trunk, begin, length)
     interpreter.strand = strand
     interpreter.role = mark._role
     interpreter._sent = 0
     interpreter._undecided = interpreter._thought = None
     interpreter._last_extend = mark._last_extend
+    interpreter._inherited = mark._lengths
     interpreter._ancestors = list(mark._ancestors)
     interpreter._has_children = False
 

@@ -79,6 +79,7 @@ class Interpreter:
         "_base",
         "_closed",
         "_has_children",
+        "_inherited",
         "_kept",
         "_last_extend",
         "_num_children",
@@ -115,6 +116,7 @@ class Interpreter:
         self.role: str | None = None
         self._sent = 0  # [0, sent) of the strand is with the backend   [sent, ...) waits for something to need it
         self._last_extend: Future[protocol.Extended] | None = None
+        self._inherited: tuple[Future[Any], ...] = ()  # the `lengths` where the strand begins
         self._ancestors: list[tuple[Branch, Sequence[Future[Any]]]] = []  # left behind by gens with n > 1
         self._undecided: DecidedCall | None = None  # not sent yet, it waits for its scores
         self._thought: Thought | None = None  # to be forgotten when its message has ended
@@ -379,6 +381,14 @@ class Interpreter:
         """Yield the pieces from the root of the tree on."""
         return all_items(self.trunk, self.strand)
 
+    def lengths(self) -> tuple[Future[Any], ...]:
+        """Return what was answered last: the greatest `length` in it is the text's, in tokens, as far as it was sent."""
+        found = self._inherited if self._last_extend is None else (*self._inherited, self._last_extend)
+        for item in reversed(self.strand.items):
+            if isinstance(item, SelectCall) or (isinstance(item, GenCall) and not item.is_moved):
+                return (*found, item.futures()[0])
+        return found
+
     def own_items(self) -> list[Item]:
         """Return the pieces that were appended since this was forked off."""
         if self._base is None:
@@ -428,12 +438,14 @@ class Interpreter:
             trunk = Trunk(self.trunk, self.strand, len(self.strand.items))
             children = [Interpreter(self.backend, self.sampling, seeds=self.seeds) for _ in range(size)]
             branches = self.backend.fork(self._branch(), size)
+            inherited = self.lengths()
             for number, (child, branch) in enumerate(zip(children, branches, strict=True), self._num_children):
                 child.lease.branch = branch
                 child.trunk = trunk
                 child.role = self.role
                 child._path = (*self._path, number)
                 child._base = (trunk.strand, trunk.length)
+                child._inherited = inherited
                 child.deadline = self.deadline
             self._num_children += size
             self.num_forks += 1

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from bough.backend import Backend
 from bough.errors import InvalidRequest
-from bough.pieces import GenCall, SelectCall, Strand
 from bough.sampling import Sampling
 from bough.state import State
 from bough.streaming import Run
+from bough.usage import replies_below
 
 RETURNED: Final = "<ret_value>"
 """Stands for the program's return value among the names of variables."""
@@ -128,20 +128,11 @@ def usage_of(state: State) -> ItemUsage:
     if isinstance(state, SavedState):
         return state._saved.usage
     totals = [0, 0, 0, 0]
-    for call in _calls(state._interpreter.strand):
-        for future in call.futures():
-            if future.done() and future.exception() is None:
-                usage = future.result().usage
-                totals[0] += usage.prompt_tokens
-                totals[1] += usage.cached_tokens
-                totals[2] += usage.computed_tokens
-                totals[3] += usage.completion_tokens
+    for future in replies_below(state._interpreter.first):
+        if future.done() and future.exception() is None:
+            usage = future.result().usage
+            totals[0] += usage.prompt_tokens
+            totals[1] += usage.cached_tokens
+            totals[2] += usage.computed_tokens
+            totals[3] += usage.completion_tokens
     return ItemUsage(*totals)
-
-
-def _calls(strand: Strand) -> Iterator[GenCall | SelectCall]:
-    strands = [strand]
-    while strands:
-        at = strands.pop()
-        yield from (item for item in list(at.items) if isinstance(item, (GenCall, SelectCall)))
-        strands.extend(child for _, children in at.forks for child in children)

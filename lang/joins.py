@@ -119,6 +119,7 @@ def adopt(parent: State, child: State) -> None:
         ours.lease.branch = branch
         ours.trunk = Trunk(theirs.trunk, theirs.strand, len(theirs.strand.items))
         ours.strand = Strand()
+        ours._inherited = theirs.lengths()
         theirs.strand.forks.append((ours.trunk.length, Onward(ours.strand, "chosen, then")))
         ours._sent = 0
         ours.role = theirs.role

@@ -91,6 +91,11 @@ class GenCall:
         call._moved = reply
         return call
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether it stands elsewhere than where it was drawn."""
+        return self._moved is not None
+
     def start(self) -> int:
         """Wait for how many tokens were before it."""
         return result_of(self.replies[0]).start if self._moved is None else result_of(self._moved).length
@@ -348,21 +353,46 @@ Point: TypeAlias = "tuple[Strand, int]"
 """A place in a text: after so many pieces of a strand."""
 
 
-class Onward(list["Strand"]):
-    """In place of the strands of a fork: the one in which a state goes on from here, and how that came."""
+class Cut:
+    """How much of a text was given up: what tells its length before and after."""
 
-    def __init__(self, strand: Strand, how: str) -> None:
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, before: Sequence[Future[Any]], after: Sequence[Future[Any]] | int) -> None:
+        self._before = before
+        self._after = after
+
+    def num_tokens(self) -> int:
+        """Return how many tokens that were, as far as is known by now."""
+        after = self._after if isinstance(self._after, int) else _longest(self._after)
+        return max(0, _longest(self._before) - after)
+
+
+def _longest(replies: Sequence[Future[Any]]) -> int:
+    done = [reply for reply in replies if reply.done() and not reply.cancelled() and reply.exception() is None]
+    return max((reply.result().length for reply in done), default=0)
+
+
+class Onward(list["Strand"]):
+    """In place of the strands of a fork: the one in which a state goes on from here, how that came, and what it cut."""
+
+    def __init__(self, strand: Strand, how: str, cut: Cut | None = None) -> None:
         super().__init__((strand,))
         self.how = how
+        self.cut = cut
 
 
 class Strand:
-    """The pieces that one state appended, and the strands that were forked off it (for drawing the tree)."""
+    """The pieces that one state appended, and the strands that were forked off it (for drawing the tree).
 
-    __slots__ = ("forks", "items")
+    dropped: calls whose text was forgotten; they were paid for.
+    """
+
+    __slots__ = ("dropped", "forks", "items")
 
     def __init__(self) -> None:
         self.items: list[Item] = []
+        self.dropped: tuple[GenCall | SelectCall, ...] = ()
         self.forks: list[tuple[int, list[Strand]]] = []
 
 

@@ -404,7 +404,7 @@ class State(AsyncReads, TimeTravel, Searching):
         """
         from bough.usage import usage_of
 
-        return usage_of(self._interpreter.strand)
+        return usage_of(self._interpreter.first)
 
     @property
     def seed(self) -> int:

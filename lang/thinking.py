@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bough.constraint import Constraint
 from bough.errors import InvalidRequest
 from bough.expressions import Concat, Gen, Piece, ThoughtBegin, ThoughtEnd, gen
-from bough.pieces import GenCall, Item, futures_of
+from bough.pieces import GenCall, Item, SelectCall, futures_of
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ class Thought:
         if any(future.exception() is not None for future in self.futures(items)):
             return  # the branch is poisoned, and every read says why
         for index in (index for span in self._forgotten for index in span):
+            item = items[index]
+            if isinstance(item, (GenCall, SelectCall)):
+                interpreter.strand.dropped += (item,)
             items[index] = ""  # not taken out: readers of the stream count pieces
         for item in items[self._forgotten[0].start :]:
             if isinstance(item, GenCall):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from bough.backend import Generation
 from bough.errors import BoughError
-from bough.pieces import GenCall, SelectCall, Strand
+from bough.pieces import GenCall, Onward, SelectCall, Strand
 from bough.runtime.protocol import Selected, Usage
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _FIELDS: Final = frozenset(Usage.__struct_fields__)
 
@@ -44,28 +47,41 @@ class RunUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def usage_of(strand: Strand) -> RunUsage:
-    """Return what the strand and all that were forked off it cost so far. Waits for nothing."""
+    """Return what the strand and all that were forked off it cost so far. Waits for nothing.
+
+    Calls that a rewind, an edit or a forgotten thought took out of the text count too.
+    """
     total = RunUsage()
-    strands = [strand]
-    while strands:
-        at = strands.pop()
-        for call in _calls(at):
-            for future in call.futures():
-                total += _of_future(future)
-        strands += [child for _, children in at.forks for child in children]
+    for future in replies_below(strand):
+        total += _of_future(future)
+    for at in _strands(strand):
+        for _, children in list(at.forks):
+            if isinstance(children, Onward) and children.cut is not None:
+                total += RunUsage(rewound_tokens=children.cut.num_tokens())
     return total
 
 
-def _calls(strand: Strand) -> Iterator[GenCall | SelectCall]:
-    for item in list(strand.items):
-        if isinstance(item, (GenCall, SelectCall)):
-            yield item
+def replies_below(strand: Strand) -> Iterator[Future[Any]]:
+    """Yield the replies to all gens and selects of a strand and of those forked off it, each of them once."""
+    seen: set[int] = set()
+    for at in _strands(strand):
+        for item in (*at.items, *at.dropped):
+            if isinstance(item, (GenCall, SelectCall)):
+                for future in item.futures():
+                    if id(future) not in seen:  # an edit keeps calls that come after it
+                        seen.add(id(future))
+                        yield future
 
 
-def _of_future(future: object) -> RunUsage:
-    from concurrent.futures import Future
+def _strands(strand: Strand) -> Iterator[Strand]:
+    waiting = [strand]
+    while waiting:
+        at = waiting.pop()
+        yield at
+        waiting += [child for _, children in list(at.forks) for child in children]
 
-    assert isinstance(future, Future), "a call holds futures"
+
+def _of_future(future: Future[Any]) -> RunUsage:
     if not future.done():
         return RunUsage(num_pending=1)
     failure = future.exception()

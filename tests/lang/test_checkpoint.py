@@ -520,3 +520,63 @@ def test_a_peek_appends_nothing() -> None:
         s.entropy()
     with pytest.raises(bo.InvalidRequest, match="k must be between 1 and 64, got 0"):
         s.peek(0)
+
+
+# ------------------------------------------------------------------------------------------------ what it cost
+
+
+def test_what_was_given_up_counts_and_so_does_how_much_that_was() -> None:
+    s = State(say("one two three", "four five", "six", "seven"))
+    s += "a b " + bo.gen("x")
+    mark = s.checkpoint()
+    s += " c d " + bo.gen("y")
+    s.sync()
+    s.rewind(mark)
+    usage = s.usage
+    assert (usage.num_done, usage.generated_tokens) == (2, 5)
+    assert usage.rewound_tokens == 4  # c, d, four, five
+    s.rewind(mark)
+    assert s.usage.rewound_tokens == 4, "nothing was left to give up"
+    (child,) = s.fork(1)
+    start = child.checkpoint()
+    child += bo.gen("z")
+    child.sync()
+    child.rewind(start)
+    assert (child.usage.rewound_tokens, child.usage.num_done) == (1, 1)
+    assert (s.usage.rewound_tokens, s.usage.num_done) == (5, 3)
+
+
+def test_retries_edits_and_forgotten_thoughts_are_paid_for_once() -> None:
+    s = State(bo.ScriptedBackend(["bad word", "good", "later"]))
+    s += "p " + bo.gen("x")
+    s.check(lambda text: text == "good")
+    assert (s.usage.num_done, s.usage.generated_tokens, s.usage.rewound_tokens) == (2, 3, 2)
+
+    s = State(say("one", "two"))
+    with s.checkpoint() as span:
+        s += "a b c"
+    s += bo.gen("x")
+    s.drop(span)
+    assert (s.usage.num_done, s.usage.generated_tokens) == (1, 1), "the call that was kept counts once"
+    assert s.usage.rewound_tokens == 4
+
+    s = State(bo.ScriptedBackend({"t": "so so", "x": "yes"}))
+    s += bo.user("?") + bo.assistant(bo.think("t", keep=False, start="(", end=")") + bo.gen("x"))
+    assert s["x"] == "yes"
+    s += bo.user("!")
+    assert (s.usage.num_done, s.usage.generated_tokens) == (2, 3)
+
+
+def test_an_item_of_a_batch_pays_for_what_it_gave_up() -> None:
+    @bo.function
+    def program(s: State, word: str) -> None:
+        s += "a " + bo.gen("x")
+        mark = s.checkpoint()
+        s += bo.gen("y")
+        s.sync()
+        s.rewind(mark)
+
+    from bough.items import usage_of
+
+    (state,) = program.run_batch([{"word": "w"}], backend=bo.ScriptedBackend(lambda text, params: "b"))
+    assert usage_of(state).completion_tokens == 2
