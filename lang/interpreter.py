@@ -382,12 +382,11 @@ class Interpreter:
         return all_items(self.trunk, self.strand)
 
     def lengths(self) -> tuple[Future[Any], ...]:
-        """Return what was answered last: the greatest `length` in it is the text's, in tokens, as far as it was sent."""
+        """Return what was answered last: the greatest `length` in it is the text's, as far as it was sent."""
         found = self._inherited if self._last_extend is None else (*self._inherited, self._last_extend)
-        for item in reversed(self.strand.items):
-            if isinstance(item, SelectCall) or (isinstance(item, GenCall) and not item.is_moved):
-                return (*found, item.futures()[0])
-        return found
+        own = (item for item in reversed(self.strand.items) if isinstance(item, (GenCall, SelectCall)))
+        last = next((call for call in own if not (isinstance(call, GenCall) and call.is_moved)), None)
+        return found if last is None else (*found, last.futures()[0])
 
     def own_items(self) -> list[Item]:
         """Return the pieces that were appended since this was forked off."""
