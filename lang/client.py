@@ -203,7 +203,7 @@ class RuntimeClient:
         """Return what the runtime said of itself: model, device, dtype, limits."""
         info: dict[str, object] = msgspec.structs.asdict(self.welcome)
         del info["op"]
-        return {**info, "address": self.address}
+        return {**info, "address": self.address, "has_grammars": True}
 
     def _ask(
         self, request: Any, kind: type[Any], convert: Convert | None = None, on_delta: OnDelta | None = None

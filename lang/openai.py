@@ -237,7 +237,8 @@ class OpenAI:
     def server_info(self) -> dict[str, object]:
         """Return the model's name, the address, and what was declared of the server."""
         can = self.capabilities
-        return {"model": self.model, "address": self._base_url, "capabilities": can, "has_tools": can.tools}
+        info: dict[str, object] = {"model": self.model, "address": self._base_url, "capabilities": can}
+        return {**info, "has_tools": can.tools, "has_grammars": "lark" in can.extensions}
 
     # ------------------------------------------------------------------------------------------ on the loop
 

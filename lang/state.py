@@ -183,25 +183,44 @@ class State(AsyncReads, TimeTravel, Searching):
         return box
 
     def run_tools(
-        self, *, max_rounds: int = 8, on_error: OnError = "feed", name: str | None = None, **options: Any
+        self,
+        *,
+        max_rounds: int = 8,
+        on_error: OnError = "feed",
+        name: str | None = None,
+        constrain: bool | None = None,
+        **options: Any,
     ) -> ToolRun:
         """Let the model write turns, and carry out the calls in them, until a turn has none: that is the answer.
 
         Calls of one turn run beside each other, in threads; an `async def` function is awaited. max_rounds: most
         turns; without an answer after them, `answer` is None. on_error: "feed" tells the model what went wrong, "raise"
         raises ToolError. name: the variable that the answer is put in. options: of each turn's `gen`.
+        constrain: hold each turn to a grammar, so that what begins as a call is one of these tools with arguments that
+        fit, and a call that `max_tokens` cuts raises Truncated; by default where the backend is a runtime, or an HTTP
+        server that takes Lark grammars. A script says what it says.
         """
         if self._toolbox is None:
             raise InvalidRequest("this state has no tools: call s.tools([...]) first")
-        return self._toolbox.run(self, max_rounds=max_rounds, on_error=on_error, name=name, **options)
+        return self._toolbox.run(
+            self, max_rounds=max_rounds, on_error=on_error, name=name, constrain=constrain, **options
+        )
 
     async def arun_tools(
-        self, *, max_rounds: int = 8, on_error: OnError = "feed", name: str | None = None, **options: Any
+        self,
+        *,
+        max_rounds: int = 8,
+        on_error: OnError = "feed",
+        name: str | None = None,
+        constrain: bool | None = None,
+        **options: Any,
     ) -> ToolRun:
         """Do as `run_tools`, leaving the event loop free."""
         from bough.onloop import on_loop
 
-        return await on_loop(self.run_tools, max_rounds=max_rounds, on_error=on_error, name=name, **options)
+        return await on_loop(
+            self.run_tools, max_rounds=max_rounds, on_error=on_error, name=name, constrain=constrain, **options
+        )
 
     # ------------------------------------------------------------------------------------------ variables
 

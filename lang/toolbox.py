@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -26,6 +26,7 @@ from bough.tools import Tool, ToolCall, ToolResult, shown, tools_of
 from bough.waiting import current_body, running_loop, wait
 
 if TYPE_CHECKING:
+    from bough.grammars import Grammar
     from bough.state import State
 
 OnError: TypeAlias = Literal["feed", "raise"]
@@ -54,6 +55,7 @@ class Toolbox:
             raise InvalidRequest(f"format must be one of {', '.join(TOOL_FORMATS)}, got {form!r}", field="format")
         self.tools: dict[str, Tool] = tools_of(functions)
         self.format: ToolFormat = form
+        self._grammar: Grammar | None = None  # made when first asked for
 
     def __repr__(self) -> str:
         return f"<Toolbox {', '.join(self.tools)} ({self.format})>"
@@ -81,6 +83,14 @@ class Toolbox:
         state += system("\n".join(filter(None, (also, self.described()))))
 
     # ------------------------------------------------------------------------------------------ one turn
+
+    def grammar(self) -> Grammar:
+        """Return what a turn may say: anything, but that its calls are of these tools, with arguments that fit."""
+        if self._grammar is None:
+            from bough.tool_grammars import turn_grammar
+
+            self._grammar = turn_grammar(self.tools.values(), self.format)
+        return self._grammar
 
     def calls(self, text: str) -> list[ToolCall]:
         """Return the calls in what the model wrote."""
@@ -117,12 +127,25 @@ class Toolbox:
     # ------------------------------------------------------------------------------------------ the loop
 
     def run(
-        self, state: State, *, max_rounds: int = 8, on_error: OnError = "feed", name: str | None = None, **options: Any
+        self,
+        state: State,
+        *,
+        max_rounds: int = 8,
+        on_error: OnError = "feed",
+        name: str | None = None,
+        constrain: bool | None = None,
+        **options: Any,
     ) -> ToolRun:
         """Let the model write turns, and carry out their calls, until a turn has none; see `State.run_tools`."""
         limit = count("max_rounds", max_rounds)
         if limit is None:
             raise InvalidRequest("max_rounds must be a whole number, got None", field="max_rounds")
+        if constrain not in (None, True, False):
+            raise InvalidRequest(f"constrain must be True, False or None, got {constrain!r}", field="constrain")
+        if constrain is None:
+            constrain = bool(state._interpreter.backend.server_info().get("has_grammars")) and not _is_held(options)
+        if constrain:
+            options = {**options, "grammar": self.grammar()}
         variable = name or "turn"
         results: list[ToolResult] = []
         for number in range(1, limit + 1):
@@ -201,6 +224,11 @@ class Toolbox:
             said = f"there is no tool {call.name!r}" if call.name else f"this is no call: {call.arguments!r}"
             raise ToolError(f"{said}, the tools are {known}", tool=call.name)
         return tool, tool.check(call.arguments)
+
+
+def _is_held(options: Mapping[str, Any]) -> bool:
+    """Whether a turn's own options say already what it has to be."""
+    return any(options.get(word) is not None for word in ("regex", "json_schema", "grammar", "type", "dtype"))
 
 
 def _failed(call: ToolCall, raised: Exception) -> ToolResult:
