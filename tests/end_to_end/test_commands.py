@@ -21,6 +21,7 @@ SAYS = {
     "few_shot_select.py": "tokens cached",
     "fork_join.py": "In short:",
     "hello.py": "tokens of the prompt;",
+    "template.py": "one gen: 'Name: ",
     "tool_loop.py": "answer ",
     "tree_of_thought.py": "best:",
 }

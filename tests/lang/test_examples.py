@@ -28,6 +28,8 @@ def say(text: str, params: Any) -> str:
     if "\nThought:" in text.rpartition("<|im_start|>")[2]:
         question = next(key for key in ACTS if key in text)
         return ACTS[question][text.count("<|im_start|>tool")]
+    if "Invent somebody" in text:
+        return "Name: Mara\nLucky number: 36\nMood: calm\nLikes: tea, rain\n"
     if "right?" in text:
         return "10 + 20 = 30.\nYes, it is right."
     asked = text.rpartition("<|im_start|>user\n")[2]
@@ -44,6 +46,7 @@ def say(text: str, params: Any) -> str:
         ("tree_of_thought", "best: 17 + 25 = 42"),
         ("tool_loop", "   answer  48"),
         ("tools", "48  (lookup 'price of the lamp' -> 36, calculator '36 + 12' -> 48)"),
+        ("template", "Oslo: Mara, 36, calm, likes tea and rain\n"),
         ("batch", "ValueError('an empty sentence')"),
         ("async_batch", "rerun: 12 results, 12 read from the file"),
         ("demo", "  in total"),
