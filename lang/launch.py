@@ -25,7 +25,8 @@ class Runtime:
 
     model: "pocket" (the bundled one), a model folder, or a hub id. dtype: "float32" or "bfloat16"; device: "cpu" or
     "cuda"; None lets the runtime choose. kv_dtype: "int8" keeps keys and values as int8 with a scale per token and
-    head, so that about twice as many tokens fit (four times with float32); the default keeps them in dtype. page_size:
+    head, so that about twice as many tokens fit (four times with float32); the default keeps them in dtype. weights:
+    "int8" keeps the linear layers' weights in int8, half of bfloat16's memory; answers may differ a little. page_size:
     tokens per page of the KV cache; max_total_tokens: tokens the cache holds; token_budget: most tokens of one step;
     max_running: most sequences of one step. schedule_policy: "lpm" (longest cached prefix first) or "fcfs".
     radix_cache=False shares nothing between requests. seed: of everything sampled without a seed of its own.
@@ -57,6 +58,7 @@ class Runtime:
         model_path: str | os.PathLike[str] | None = None,
         dtype: str | None = None,
         kv_dtype: str | None = None,
+        weights: str | None = None,
         device: str | None = None,
         page_size: int = 16,
         max_total_tokens: int | None = None,
@@ -87,6 +89,7 @@ class Runtime:
         options = runtime_options(
             dtype=dtype,
             kv_dtype=kv_dtype,
+            weights=weights,
             device=device,
             page_size=page_size,
             max_total_tokens=max_total_tokens,
@@ -268,6 +271,7 @@ def runtime_options(**given: Any) -> list[str]:
 _ALLOWED = {
     "dtype": ("float32", "bfloat16"),
     "kv_dtype": ("auto", "int8"),
+    "weights": ("auto", "int8"),
     "schedule_policy": ("lpm", "fcfs"),
     "log_level": ("debug", "info", "warning", "error"),
 }

@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", required=True, metavar="ADDRESS", help="ipc://PATH or tcp://HOST:PORT (with keys)")
     parser.add_argument("--dtype", help="float32 or bfloat16; default: what the checkpoint and this machine do best")
     parser.add_argument("--kv-dtype", help="auto (as --dtype) or int8, with a scale per token and head")
+    parser.add_argument("--weights", help="auto (as --dtype) or int8, with a scale per output channel")
     parser.add_argument("--device", help="cpu")
     parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens the KV pool holds")
@@ -185,6 +186,7 @@ def _build(
         attention=options.attention,
         share_prefixes=not options.no_tree_decode,
         kv_dtype=options.kv_dtype,
+        weights=options.weights,
     )
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)
@@ -240,6 +242,7 @@ def _build(
             architecture=runner.config.architecture,
             dtype=runner.dtype,
             kv_dtype=runner.kv_dtype,
+            weights=runner.weights,
             device=runner.device,
             pid=os.getpid(),
             vocab_size=runner.vocab_size,

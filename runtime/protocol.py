@@ -475,7 +475,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     """Whether the chat template tells of tools."""
     seed: int | None = None
     kv_dtype: str = ""
-    """The type in which keys and values are kept."""
+    """The type in which keys and values are kept; `weights`: that of the linear layers' weights."""
+    weights: str = ""
 
 
 class Ok(_Message, frozen=True, tag="ok"):

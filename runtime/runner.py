@@ -37,7 +37,7 @@ class Runner:
     """Executes batches on one device.
 
     config: the model's. num_pages, page_size: of the pool. vocab_size, context_len: the model's limits. dtype, device:
-    names, such as "bfloat16" and "cpu"; kv_dtype: likewise, of the pool. model, pool: the parts, for tests and tools;
+    names, such as "bfloat16" and "cpu"; kv_dtype, weights: likewise. model, pool: the parts, for tests and tools;
     only `execute` writes the pool.
     exact: what was drawn and is computed again (after its KV was evicted, or in a new runtime) has the same bits.
     Native attention gives that anyway; otherwise prefill then attends as decode does, token by token.
@@ -60,6 +60,7 @@ class Runner:
         self.context_len = model.config.context_len
         self.dtype = str(dtype).removeprefix("torch.")
         self.kv_dtype = str(pool.dtype).removeprefix("torch.")
+        self.weights = "int8" if model.int8 else self.dtype
         self.device = device.type
         self.model = model
         self.pool = pool
@@ -167,6 +168,7 @@ def load_runner(
     attention: Implementation | None = None,
     share_prefixes: bool = True,
     kv_dtype: str | None = None,
+    weights: str | None = None,
 ) -> Runner:
     """Load a checkpoint's folder and return its runner, not yet warm.
 
@@ -180,19 +182,21 @@ def load_runner(
     int8 with a float32 scale for each token and head, (head_dim + 4) bytes; None or "auto": in dtype.
     on_progress(done_bytes, total_bytes) is called while weights load. exact: a token's bits do not tell whether it was
     prefilled or drawn. attention: "native", "torch" or None for what works here. share_prefixes: attend what sequences
-    have in common once for all of them.
+    have in common once for all of them. weights: "int8" keeps the linear layers' in int8 with a scale per output
+    channel (`layers.Int8Linear`); None or "auto": in dtype.
 
     Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument.
     """
     config = ModelConfig.from_folder(folder)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config)
-    kv = _kv_dtype(kv_dtype, torch_dtype)
+    kv = torch.int8 if _is_int8("kv_dtype", kv_dtype) else torch_dtype
+    int8 = _is_int8("weights", weights)
     if num_pages is None:
         num_pages = -(-_total_tokens(max_total_tokens, config, kv) // page_size)
     begin = time.perf_counter()
-    with torch.inference_mode(), Weights(folder, config, torch_dtype, on_progress) as weights:
-        model = Llama(config, weights)
+    with torch.inference_mode(), Weights(folder, config, torch_dtype, on_progress) as tensors:
+        model = Llama(config, tensors, int8=int8)
     pool = KVPool(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, kv, torch_device)
     log.info(
         "loaded %s (%s, %s) in %.1f s; %d pages of %d tokens, %.0f MB when all are used",
@@ -221,12 +225,12 @@ def _dtype(name: str | None, config: ModelConfig) -> torch.dtype:
     return torch.float32 if _DTYPES[name] == "float32" else torch.bfloat16
 
 
-def _kv_dtype(name: str | None, dtype: torch.dtype) -> torch.dtype:
+def _is_int8(field: str, name: str | None) -> bool:
     if name not in (None, "auto", "int8"):
         raise RequestError(
-            "invalid_request", f"kv_dtype must be one of auto, int8, got {name!r}", field="kv_dtype", value=name
+            "invalid_request", f"{field} must be one of auto, int8, got {name!r}", field=field, value=name
         )
-    return torch.int8 if name == "int8" else dtype
+    return name == "int8"
 
 
 def _multiplies_bfloat16() -> bool:

@@ -12,17 +12,22 @@ from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import StepInputs
 from bough.runtime.models.config import ModelConfig
-from bough.runtime.models.layers import Linear, LinearPlan, plan_linear
+from bough.runtime.models.layers import Int8Linear, Linear, LinearPlan, plan_linear
 from bough.runtime.models.rope import RopeTable
 from bough.runtime.models.weights import Weights
 
 
 class Llama:
-    """The decoder: token ids -> hidden states -> logits. Holds weights only; the KV pool is the caller's."""
+    """The decoder: token ids -> hidden states -> logits. Holds weights only; the KV pool is the caller's.
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    int8: the linear layers have int8 weights. Embeddings, norms and the head stay: the first two are read a few rows at
+    a time, and the head's errors would go straight into the choice of the token.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, *, int8: bool = False) -> None:
         self.config = config
-        build = _Builder(config, weights)
+        self.int8 = int8
+        build = _Builder(config, weights, int8=int8)
         self._embedding = weights.take("model.embed_tokens.weight")
         self._layers = [build.layer(index) for index in range(config.num_layers)]
         self._norm = build.norm("model.norm")
@@ -53,11 +58,11 @@ class _LayerWeights(NamedTuple):
     """One decoder layer's weights; norms (hidden_size,) before attention and before the MLP."""
 
     norms: tuple[torch.Tensor, torch.Tensor]
-    qkv: Linear
+    qkv: Linear | Int8Linear
     head_norms: HeadNorms | None
-    out: Linear
-    gate_up: Linear
-    down: Linear
+    out: Linear | Int8Linear
+    gate_up: Linear | Int8Linear
+    down: Linear | Int8Linear
 
 
 class _Layer:
@@ -92,9 +97,10 @@ class _Layer:
 class _Builder:
     """Makes a model's parts from its weights; matrices of one shape share the plan that was found for the first."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, *, int8: bool) -> None:
         self._config = config
         self._weights = weights
+        self._int8 = int8
         self._plans: dict[tuple[int, int], LinearPlan] = {}
         sizes = (config.hidden_size, config.mlp_size)
         self.rows = choose_rows(sizes, config.head_dim, weights.dtype)
@@ -122,12 +128,12 @@ class _Builder:
         weight = embedding if self._config.tie_embeddings else self._weights.take("lm_head.weight")
         return Linear(weight, None, self._plan(weight))
 
-    def _linear(self, *names: str) -> Linear:
+    def _linear(self, *names: str) -> Linear | Int8Linear:
         """Return one layer for matrices that share their input, stacked in this order."""
         weight = self._weights.take(*(f"{name}.weight" for name in names))
         biases = [f"{name}.bias" for name in names]
         bias = self._weights.take(*biases) if self._weights.has(biases[0]) else None
-        return Linear(weight, bias, self._plan(weight))
+        return Int8Linear(weight, bias) if self._int8 else Linear(weight, bias, self._plan(weight))
 
     def _plan(self, weight: torch.Tensor) -> LinearPlan:
         shape = (weight.shape[0], weight.shape[1])

@@ -40,6 +40,7 @@ def runner(mode: str) -> Runner:
     dtype, *words = mode.split("/")
     load = partial(load_runner, tiny_model("qwen3"), dtype=dtype, page_size=PAGE_SIZE, num_pages=NUM_PAGES)
     load = partial(load, kv_dtype="int8" if "int8" in words else None)
+    load = partial(load, weights="int8" if "w8" in words else None)
     return load(attention="torch", exact=True) if "torch" in words else load(attention="native")
 
 
@@ -91,7 +92,15 @@ class Machine:
 
 
 @pytest.fixture(
-    params=["float32", "bfloat16", "float32/torch", "bfloat16/torch", "bfloat16/int8", "bfloat16/torch/int8"]
+    params=[
+        "float32",
+        "bfloat16",
+        "float32/torch",
+        "bfloat16/torch",
+        "bfloat16/int8",
+        "bfloat16/torch/int8",
+        "bfloat16/w8",
+    ]
 )
 def dtype(request: pytest.FixtureRequest) -> str:
     name: str = request.param
