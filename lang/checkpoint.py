@@ -44,6 +44,7 @@ class Checkpoint:
         "_point",
         "_role",
         "_state",
+        "_toolbox",
         "_trunk",
         "_variables",
     )
@@ -75,6 +76,7 @@ class Checkpoint:
             self._num_forks = interpreter.num_forks
             self._lengths = interpreter.lengths()
         self._state = weakref.ref(state)
+        self._toolbox = state._toolbox
         self._variables = state._variables.copy()
         self._assigned = state._assigned.copy()
         self._end: Point | None = None
@@ -111,6 +113,7 @@ def rewind(state: State, mark: Checkpoint) -> None:
     with interpreter.lock:
         _check(state, mark)
         _go_back(interpreter, mark)
+    state._toolbox = mark._toolbox
     state._variables = mark._variables.copy()
     state._assigned = mark._assigned.copy()
     if state._feed is not None:

@@ -580,3 +580,16 @@ def test_an_item_of_a_batch_pays_for_what_it_gave_up() -> None:
 
     (state,) = program.run_batch([{"word": "w"}], backend=bo.ScriptedBackend(lambda text, params: "b"))
     assert usage_of(state).completion_tokens == 2
+
+
+def test_tools_that_were_told_of_after_the_mark_are_gone() -> None:
+    def now() -> str:
+        """Tells the time."""
+        return "noon"
+
+    s = State(say("Answer: noon"))
+    mark = s.checkpoint()
+    s.tools([now])
+    s.rewind(mark)
+    with pytest.raises(bo.InvalidRequest, match="has no tools"):
+        s.run_tools()
