@@ -6,8 +6,9 @@ nothing but arithmetic.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from bough.kernels.layout import PagedLayout
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import quantise
 
+if TYPE_CHECKING:  # these import Triton, which a machine without a GPU need not have
+    from bough.kernels.cuda_attention import DevicePlan, Kernels, StepPlan
+
 __all__ = ["Attention", "Implementation", "PagedLayout", "Plan", "choose_attention", "paged_attention", "store_kv"]
 
-Plan: TypeAlias = cpu_attention.Plan | native_attention.Plan
-Implementation: TypeAlias = Literal["native", "torch"]
+Plan: TypeAlias = Union["cpu_attention.Plan", "native_attention.Plan", "StepPlan", "DevicePlan"]
+Implementation: TypeAlias = Literal["native", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Attention:
     """How the attention of one model is carried out.
 
     implementation: "native", compiled code in which a token's bits do not depend on whether it was prefilled or drawn,
-    or "torch", where they do. share: sequences read the KV they have in common together (tree attention; native only).
+    "torch", where they do, or "triton", a GPU's `kernels`. share: sequences read the KV they have in common together
+    (tree attention; not "torch").
     """
 
     num_heads: int
@@ -36,15 +41,20 @@ class Attention:
     head_dim: int
     implementation: Implementation
     share: bool = True
+    kernels: Kernels | None = None
 
     def plan(self, layout: PagedLayout) -> Plan:
-        """Return what `paged_attention` needs of a step's layout."""
+        """Return what `paged_attention` needs of a step's layout; on a GPU still on the host, as a `StepPlan`."""
         qo_lens = np.diff(layout.qo_indptr)
         assert (qo_lens[layout.is_decode] == 1).all(), "a decode sequence has one query"
         assert (qo_lens <= layout.kv_lens).all(), "a sequence has more queries than tokens"
         heads = (self.num_heads, self.num_kv_heads)
         if self.implementation == "native":
             return native_attention.make_plan(layout, *heads, self.head_dim, share=self.share)
+        if self.kernels is not None:
+            from bough.kernels.cuda_attention import plan_step
+
+            return plan_step(layout, self.kernels)
         return cpu_attention.make_plan(
             layout.qo_indptr,
             layout.kv_indptr,
@@ -65,18 +75,48 @@ def choose_attention(
     implementation: Implementation | None = None,
     *,
     share: bool = True,
+    exact_split: int | None = None,
 ) -> Attention:
     """Return the attention for a model's shapes; by default the fastest that works here.
 
-    Raises RuntimeError on a device without kernels, ValueError if the implementation asked for does not work here.
+    "triton" is that of CUDA devices, and of the CPU where Triton interprets its kernels (TRITON_INTERPRET=1).
+    exact_split: as in `cuda_attention.choose_kernels`, for "triton". Raises RuntimeError on a device without kernels,
+    ValueError if the implementation asked for does not work here.
     """
-    if device.type != "cpu":
-        raise RuntimeError(f"attention has no kernels for device {device.type!r}, only for 'cpu'")
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"attention has no kernels for device {device.type!r}, only for 'cpu' and 'cuda'")
     assert num_heads % num_kv_heads == 0, "query heads must be a multiple of key/value heads"
+    if device.type == "cuda" or implementation == "triton":
+        if implementation not in (None, "triton"):
+            raise ValueError(f"{implementation} attention is the CPU's, the device is {device.type!r}")
+        kernels = _kernels(num_heads, num_kv_heads, head_dim, dtype, device, exact_split, share=share)
+        return Attention(num_heads, num_kv_heads, head_dim, "triton", share, kernels)
     works = implementation != "torch" and native_attention.works(num_heads, num_kv_heads, head_dim, dtype)
     if implementation == "native" and not works:
         raise ValueError(f"native attention does not work here for heads of {head_dim} in {dtype}")
     return Attention(num_heads, num_kv_heads, head_dim, "native" if works else "torch", share)
+
+
+def _kernels(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact_split: int | None,
+    *,
+    share: bool,
+) -> Kernels:
+    """Return the Triton kernels of a device; on the CPU, interpreted, those of a small imagined GPU."""
+    arch, num_sms = (9, 0), 2
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        arch, num_sms = (properties.major, properties.minor), properties.multi_processor_count
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("triton attention needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)")
+    from bough.kernels.cuda_attention import choose_kernels
+
+    return choose_kernels(num_heads, num_kv_heads, head_dim, dtype, arch, num_sms, exact_split=exact_split, share=share)
 
 
 def paged_attention(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> torch.Tensor:
@@ -88,6 +128,11 @@ def paged_attention(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> t
     """
     if isinstance(plan, native_attention.Plan):
         return native_attention.run(q, kv, plan, scale)
+    if not isinstance(plan, cpu_attention.Plan):
+        from bough.kernels.cuda_attention import DevicePlan, run
+
+        assert isinstance(plan, DevicePlan), "the plan of a GPU's step has to be in its buffers"
+        return run(q, kv, plan.buffers, plan.launches, plan.kernels, scale)
     return cpu_attention.run(q, kv, plan, scale)
 
 

@@ -164,12 +164,15 @@ class PlanBuffers:
     """A plan on the device, in tensors that never move, and room for the partial results of a layer.
 
     All int32 but the partial results, float32: part_out (num_partials, num_heads, head_dim), part_lse (num_partials,
-    num_heads). They serve one layer after another.
+    num_heads). They serve one layer after another. extra: (num_extra,) numbers of the caller's that travel along.
     """
 
-    def __init__(self, capacity: Capacity, num_heads: int, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, capacity: Capacity, num_heads: int, head_dim: int, device: torch.device, num_extra: int = 0
+    ) -> None:
         self.capacity = capacity
         sizes = [
+            num_extra,
             2 * _ALIGNMENT, capacity.num_narrow * ITEM_FIELDS, capacity.num_wide * ITEM_FIELDS, capacity.num_rows,
             capacity.num_tokens + 1, capacity.num_merges, capacity.num_tokens, capacity.num_tiles * TILE_FIELDS,
             capacity.num_pages,
@@ -181,17 +184,19 @@ class PlanBuffers:
         self._copied = [_event(device) for _ in range(2)]
         self._starts = np.cumsum(padded) - padded
         views = [self._packed[start : start + size] for start, size in zip(self._starts, sizes, strict=True)]
-        num_items, narrow, wide, self.rows, self.merge_indptr, self.merge_indices = views[:6]
+        self.extra, num_items, narrow, wide, self.rows, self.merge_indptr, self.merge_indices = views[:7]
         self.num_narrow, self.num_wide = num_items[:1], num_items[_ALIGNMENT : _ALIGNMENT + 1]
-        self.visible_lens, tiles, self.kv_indices = views[6:]
+        self.visible_lens, tiles, self.kv_indices = views[7:]
         self.narrow, self.wide = narrow.view(-1, ITEM_FIELDS), wide.view(-1, ITEM_FIELDS)
         self.tiles = tiles.view(-1, TILE_FIELDS)
         num_partials = max(1, capacity.num_partials)
         self.part_out = torch.empty(num_partials, num_heads, head_dim, dtype=torch.float32, device=device)
         self.part_lse = torch.empty(num_partials, num_heads, dtype=torch.float32, device=device)
 
-    def write(self, plan: StepPlan) -> None:
-        """Copy a plan to the device, in the current stream. Raises ValueError naming what does not fit.
+    def write(self, plan: StepPlan, extra: Int32Array | None = None) -> None:
+        """Copy a plan, and (num_extra,) `extra`, to the device, in the current stream.
+
+        Raises ValueError naming what does not fit.
 
         Beyond the plan's tokens, tokens have no partial results, and tiles hold no tokens.
         """
@@ -200,10 +205,11 @@ class PlanBuffers:
             limit, value = getattr(self.capacity, field.name), getattr(needed, field.name)
             if value > limit:
                 raise ValueError(f"the plan's {field.name} is {value}, the buffers hold {limit}")
-        tree, extra = plan.tree, self.capacity.num_tokens - needed.num_tokens
+        tree, num_padding = plan.tree, self.capacity.num_tokens - needed.num_tokens
         sections = [
+            np.zeros(0, dtype=np.int32) if extra is None else extra,
             np.repeat([needed.num_narrow, needed.num_wide], _ALIGNMENT), tree.narrow, tree.wide, tree.rows,
-            np.pad(tree.merge_indptr, (0, extra), mode="edge"), tree.merge_indices, plan.visible_lens,
+            np.pad(tree.merge_indptr, (0, num_padding), mode="edge"), tree.merge_indices, plan.visible_lens,
             np.pad(plan.tiles, ((0, self.capacity.num_tiles - needed.num_tiles), (0, 0))), plan.kv_indices,
         ]  # fmt: skip
         host, event = self._hosts[0], self._copied[0]
@@ -263,3 +269,12 @@ def run(
         merge_indptr = buffers.merge_indptr[: len(q) + 1]
         merge_partials(buffers.part_out, buffers.part_lse, merge_indptr, buffers.merge_indices, out)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """A plan that lies in `buffers`, and the kernels that carry it out: what the layers of a step share."""
+
+    buffers: PlanBuffers
+    launches: Launches
+    kernels: Kernels

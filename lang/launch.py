@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 class Runtime:
     """A runtime process of this program's own; a backend, and a context manager.
 
-    model: "pocket" (the bundled one), a model folder, or a hub id. dtype: "float32" or "bfloat16"; device: "cpu" or
-    "cuda"; None lets the runtime choose. kv_dtype: "int8" keeps keys and values as int8 with a scale per token and
+    model: "pocket" (the bundled one), a model folder, or a hub id. dtype: "float32", "bfloat16" or, on a GPU,
+    "float16"; device: "cpu" or "cuda"; None lets the runtime choose. mem_fraction: the share of the GPU's memory that
+    the runtime may use (0.9 by default); what weights and a step leave of it is the cache.
+    kv_dtype: "int8" keeps keys and values as int8 with a scale per token and
     head, so that about twice as many tokens fit (four times with float32); the default keeps them in dtype. weights:
     "int8" keeps the linear layers' weights in int8, half of bfloat16's memory; answers may differ a little. page_size:
     tokens per page of the KV cache; max_total_tokens: tokens the cache holds; token_budget: most tokens of one step;
@@ -62,6 +64,7 @@ class Runtime:
         device: str | None = None,
         page_size: int = 16,
         max_total_tokens: int | None = None,
+        mem_fraction: float | None = None,
         token_budget: int | None = None,
         max_running: int | None = None,
         schedule_policy: str = "lpm",
@@ -93,6 +96,7 @@ class Runtime:
             device=device,
             page_size=page_size,
             max_total_tokens=max_total_tokens,
+            mem_fraction=mem_fraction,
             token_budget=token_budget,
             max_running=max_running,
             schedule_policy=schedule_policy,
@@ -254,6 +258,9 @@ def runtime_options(**given: Any) -> list[str]:
             raise InvalidRequest(f"{name} must be a whole number of at least {least}, got {value!r}", field=name)
     if given["page_size"] is None:
         raise InvalidRequest("page_size must be a whole number of at least 1, got None", field="page_size")
+    fraction = given.get("mem_fraction")
+    if fraction is not None and (not isinstance(fraction, (int, float)) or not 0 < fraction <= 1):
+        raise InvalidRequest(f"mem_fraction must be above 0 and at most 1, got {fraction!r}", field="mem_fraction")
     for name, allowed in _ALLOWED.items():
         if given.get(name) is not None and given[name] not in allowed:
             raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}", field=name)
@@ -269,7 +276,7 @@ def runtime_options(**given: Any) -> list[str]:
 
 
 _ALLOWED = {
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float16"),
     "kv_dtype": ("auto", "int8"),
     "weights": ("auto", "int8"),
     "schedule_policy": ("lpm", "fcfs"),

@@ -36,10 +36,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bough serve", description="Serve a model to bough programs.")
     parser.add_argument("model", help='"pocket", a Hugging Face folder, or a hub id')
     parser.add_argument("--listen", required=True, metavar="ADDRESS", help="ipc://PATH or tcp://HOST:PORT (with keys)")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default: what the checkpoint and this machine do best")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (on a GPU); default: what the checkpoint and this machine do best"
+    )
     parser.add_argument("--kv-dtype", help="auto (as --dtype) or int8, with a scale per token and head")
     parser.add_argument("--weights", help="auto (as --dtype) or int8, with a scale per output channel")
-    parser.add_argument("--device", help="cpu")
+    parser.add_argument("--device", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--mem-fraction", type=float, metavar="F", help="of the GPU's memory that may be used; default: 0.9"
+    )
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel by itself")
     parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens the KV pool holds")
     parser.add_argument("--token-budget", type=int, default=defaults.token_budget, metavar="N")
@@ -187,6 +193,10 @@ def _build(
         share_prefixes=not options.no_tree_decode,
         kv_dtype=options.kv_dtype,
         weights=options.weights,
+        mem_fraction=options.mem_fraction,
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        cuda_graphs=not options.no_cuda_graphs,
     )
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 _SCORE_ROWS = 128  # logits are made for this many scored tokens at a time: 128 rows of 128k words are 64 MB
 _MOST_TOKENS = 131_072
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+_DEVICE_DTYPES = {**_DTYPES, "float16": "float16", "fp16": "float16"}
 
 
 class Runner:
@@ -79,7 +81,7 @@ class Runner:
         if not batch.rows:
             return []
         inputs = build_inputs(batch, self.page_size, self.attention.plan, token_by_token=self._token_by_token)
-        hidden = self.model.forward(inputs, self.pool)
+        hidden = self._forward(inputs)
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
         scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)
         return [_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
@@ -108,13 +110,18 @@ class Runner:
         self.execute(Batch((Row(tokens[:1], count - 1, page, decode),)))
         self.execute(Batch((Row(tokens[:1], 0, page, None, score_ids=tokens[:1], score_at=tokens[:1]),)))
 
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Return the hidden states of the tokens wanted: (num_wanted, hidden_size)."""
+        return self.model.forward(inputs, self.pool)
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[sampler.Draw]:
+        return sampler.sample(logits, requests, self._masks)
+
     def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, sampler.Draw]:
         requests = [request for row in batch.rows if (request := row.sample) is not None]
         if not requests:
             return {}
-        return dict(
-            zip(inputs.sample_rows, sampler.sample(self.model.logits(hidden), requests, self._masks), strict=True)
-        )
+        return dict(zip(inputs.sample_rows, self._draw(self.model.logits(hidden), requests), strict=True))
 
     def _score(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, npt.NDArray[np.float64]]:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
@@ -145,11 +152,19 @@ def attention_of(
     implementation: Implementation | None = None,
     *,
     share: bool = True,
+    exact_split: int | None = None,
 ) -> Attention:
     """Return the attention of a model; arguments as in `choose_attention`. Raises RequestError("invalid_request")."""
     try:
         return choose_attention(
-            config.num_heads, config.num_kv_heads, config.head_dim, dtype, device, implementation, share=share
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            device,
+            implementation,
+            share=share,
+            exact_split=exact_split,
         )
     except ValueError as error:
         raise RequestError("invalid_request", str(error), field="attention", value=implementation) from None
@@ -169,13 +184,18 @@ def load_runner(
     share_prefixes: bool = True,
     kv_dtype: str | None = None,
     weights: str | None = None,
+    mem_fraction: float | None = None,
+    token_budget: int = 1024,
+    max_running: int = 64,
+    cuda_graphs: bool = True,
 ) -> Runner:
     """Load a checkpoint's folder and return its runner, not yet warm.
 
     Set the number of torch threads first: how linear layers are computed is tried out here, on these threads.
 
     dtype: "float32" ("fp32"), "bfloat16" ("bf16"), or None: bfloat16 where the checkpoint is 16-bit and this CPU
-    multiplies bfloat16, else float32. device: "cpu" or None. num_pages: of the pool; None takes
+    multiplies bfloat16, else float32. device: "cpu" or None, or "cuda", "cuda:1" and so on: there also "float16"
+    ("fp16"), and None takes the checkpoint's dtype. num_pages: of the pool; None takes
     ceil(max_total_tokens / page_size). max_total_tokens None: a quarter of the memory available now, but at most
     64 * context_len and 131,072 tokens, and at least one whole context. One token takes
     2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. kv_dtype: "int8" stores keys and values as
@@ -185,13 +205,45 @@ def load_runner(
     have in common once for all of them. weights: "int8" keeps the linear layers' in int8 with a scale per output
     channel (`layers.Int8Linear`); None or "auto": in dtype.
 
-    Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument.
+    Of a GPU only: mem_fraction, the share of its memory this process may use (default 0.9), of which the pool takes
+    what is left; token_budget, max_running: most tokens and sequences of a step, which needs memory of its own;
+    cuda_graphs: whether small steps are captured.
+
+    Raises RequestError: "unsupported_model" for the checkpoint, "invalid_request" for an argument,
+    "resource_exhausted" with the arithmetic if the model does not fit the device's memory.
     """
     config = ModelConfig.from_folder(folder)
     torch_device = _device(device)
-    torch_dtype = _dtype(dtype, config)
-    kv = torch.int8 if _is_int8("kv_dtype", kv_dtype) else torch_dtype
     int8 = _is_int8("weights", weights)
+    if torch_device.type == "cuda" or attention == "triton":
+        if int8:
+            raise RequestError("invalid_request", "weights='int8' is the CPU's so far, not a GPU's", field="weights")
+        from bough.runtime.cuda.runner import load_cuda_runner
+
+        on_gpu = torch_dtype_of(dtype, config, on_gpu=True)
+        return load_cuda_runner(
+            folder,
+            config,
+            on_gpu,
+            torch.int8 if _is_int8("kv_dtype", kv_dtype) else on_gpu,
+            torch_device,
+            page_size,
+            num_pages,
+            max_total_tokens,
+            on_progress,
+            exact=exact,
+            share_prefixes=share_prefixes,
+            mem_fraction=mem_fraction,
+            token_budget=token_budget,
+            max_running=max_running,
+            cuda_graphs=cuda_graphs,
+        )
+    if mem_fraction is not None:
+        raise RequestError(
+            "invalid_request", "mem_fraction is of a GPU's memory; on a CPU give max_total_tokens", field="mem_fraction"
+        )
+    torch_dtype = torch_dtype_of(dtype, config)
+    kv = torch.int8 if _is_int8("kv_dtype", kv_dtype) else torch_dtype
     if num_pages is None:
         num_pages = -(-_total_tokens(max_total_tokens, config, kv) // page_size)
     begin = time.perf_counter()
@@ -211,18 +263,37 @@ def load_runner(
 def _device(name: str | None) -> torch.device:
     if name is None or name == "cpu":
         return torch.device("cpu")
-    reason = "the CUDA path is not built yet" if name.startswith("cuda") else "it is not known"
-    raise RequestError("invalid_request", f"device must be 'cpu', got {name!r}: {reason}", field="device", value=name)
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        reason = "it is not known"
+    elif not torch.cuda.is_available():
+        reason = f"PyTorch {torch.__version__} finds no CUDA device here"
+    elif int(number or 0) >= torch.cuda.device_count():
+        reason = f"there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+    else:
+        return torch.device("cuda", int(number or 0))
+    raise RequestError(
+        "invalid_request", f"device must be 'cpu' or 'cuda', got {name!r}: {reason}", field="device", value=name
+    )
 
 
-def _dtype(name: str | None, config: ModelConfig) -> torch.dtype:
-    if name is None:
+def torch_dtype_of(name: str | None, config: ModelConfig, *, on_gpu: bool = False) -> torch.dtype:
+    """Return the dtype called `name`, by default what the checkpoint and the device suggest."""
+    known = _DEVICE_DTYPES if on_gpu else _DTYPES
+    if name is None and on_gpu:
+        name = config.dtype
+    elif name is None:
         name = "bfloat16" if config.dtype in ("float16", "bfloat16") and _multiplies_bfloat16() else "float32"
-    if name not in _DTYPES:
+    if name not in known:
+        where = "; float16 needs a GPU" if name in _DEVICE_DTYPES else ""
         raise RequestError(
-            "invalid_request", f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}", field="dtype", value=name
+            "invalid_request",
+            f"dtype must be one of {', '.join(known)}, got {name!r}{where}",
+            field="dtype",
+            value=name,
         )
-    return torch.float32 if _DTYPES[name] == "float32" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, known[name])
+    return dtype
 
 
 def _is_int8(field: str, name: str | None) -> bool:

@@ -48,9 +48,9 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks
     """
     _check_finite(logits)
     params = [request.params for request in requests]
-    logprobs = _logprobs(logits, [i for i, p in enumerate(params) if p.logprobs is not None])
+    logprobs = row_logprobs(logits, [i for i, p in enumerate(params) if p.logprobs is not None])
     for i, request in enumerate(requests):
-        if _is_modified(request):
+        if is_modified(request):
             _modify(logits[i], request)
     if masks is not None:
         masks.apply(logits, requests)
@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks
     if drawn:
         rows = logits if len(drawn) == len(requests) else logits.index_select(0, torch.tensor(drawn))
         tokens[drawn] = _draw(rows, [requests[i] for i in drawn])
-    return [_result(int(tokens[i]), logprobs.get(i), params[i].logprobs) for i in range(len(requests))]
+    return [result(int(tokens[i]), logprobs.get(i), params[i].logprobs) for i in range(len(requests))]
 
 
 def score(
@@ -72,9 +72,10 @@ def score(
     """
     _check_finite(logits)
     at = np.arange(len(token_ids)) if rows is None else rows
-    ids = torch.from_numpy(token_ids.astype(np.int64))
-    result: npt.NDArray[np.float64] = _log_softmax(logits)[torch.from_numpy(at), ids].numpy()
-    return result
+    ids = torch.from_numpy(token_ids.astype(np.int64)).to(logits.device)
+    chosen = _log_softmax(logits)[torch.from_numpy(at).to(logits.device), ids]
+    logprobs: npt.NDArray[np.float64] = chosen.cpu().numpy()
+    return logprobs
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -95,14 +96,15 @@ def _check_possible(logits: torch.Tensor, likeliest: npt.NDArray[np.int64]) -> N
         raise FloatingPointError(f"every token is forbidden in row {int(chosen.isinf().int().argmax())}")
 
 
-def _logprobs(logits: torch.Tensor, rows: list[int]) -> dict[int, torch.Tensor]:
+def row_logprobs(logits: torch.Tensor, rows: list[int]) -> dict[int, torch.Tensor]:
     """Return each row's (vocab_size,) float64 log-probabilities, before anything modifies its logits."""
     if not rows:
         return {}
     return dict(zip(rows, _log_softmax(logits[rows]), strict=True))
 
 
-def _result(token: int, logprobs: torch.Tensor | None, num_top: int | None) -> Draw:
+def result(token: int, logprobs: torch.Tensor | None, num_top: int | None) -> Draw:
+    """Return a row's draw with the log-probabilities that were asked for: of `logprobs` (vocab_size,), if any."""
     if logprobs is None or num_top is None:
         return Draw(token)
     values, ids = logprobs.topk(min(num_top, len(logprobs)))
@@ -112,7 +114,13 @@ def _result(token: int, logprobs: torch.Tensor | None, num_top: int | None) -> D
     return Draw(token, float(logprobs[token]), top, entropy)
 
 
-def _is_modified(request: SampleRequest) -> bool:
+def is_filtered(params: SamplingParams) -> bool:
+    """Tell whether top-k, top-p or min-p may exclude a token."""
+    return params.top_p < 1 or params.top_k != -1 or params.min_p > 0
+
+
+def is_modified(request: SampleRequest) -> bool:
+    """Tell whether penalties, biases or forbidden ids change a row's logits."""
     p = request.params
     penalised = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
     return penalised or bool(p.logit_bias) or (bool(request.forbidden) and request.constraint is None)
@@ -149,15 +157,15 @@ def _draw(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> npt.NDArra
         logits.sub_(logits.amax(-1, keepdim=True)).div_(temperatures)
     # Not exp alone: softmax takes as long for what underflows, torch.exp up to 17 times as long.
     probs = logits.softmax(-1)
-    filtered = [i for i, p in enumerate(params) if p.top_p < 1 or p.top_k != -1 or p.min_p > 0]
+    filtered = [i for i, p in enumerate(params) if is_filtered(p)]
     if len(filtered) == len(params):
-        probs = _filter(probs, params)
+        probs = filtered_probs(probs, params)
     elif filtered:
-        probs[filtered] = _filter(probs[filtered], [params[i] for i in filtered])
-    return _invert(probs, uniforms([r.seed for r in requests], [r.position for r in requests])).numpy()
+        probs[filtered] = filtered_probs(probs[filtered], [params[i] for i in filtered])
+    return invert(probs, uniforms([r.seed for r in requests], [r.position for r in requests])).numpy()
 
 
-def _invert(probs: torch.Tensor, points: npt.NDArray[np.float64]) -> torch.Tensor:
+def invert(probs: torch.Tensor, points: npt.NDArray[np.float64]) -> torch.Tensor:
     """Return (num_rows,) int64: the first id whose cumulative share of probs (num_rows, vocab_size) is above the point.
 
     In two levels, blocks and then the ids of one block, because a running sum over all is 6 times as slow. Never an id
@@ -169,10 +177,10 @@ def _invert(probs: torch.Tensor, points: npt.NDArray[np.float64]) -> torch.Tenso
     blocks = probs.view(num_rows, -1, _BLOCK)
     # A block is summed in float32: in float64, 32 rows of 128k took 16 ms, and so 0.25.
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    targets = torch.from_numpy(points).unsqueeze(1) * ends[:, -1:]
+    targets = torch.from_numpy(points).to(probs.device).unsqueeze(1) * ends[:, -1:]
     block = torch.searchsorted(ends, targets, right=True)
     before = F.pad(ends, (1, 0)).gather(1, block)
-    inside = blocks[torch.arange(num_rows), block.squeeze(1)]
+    inside = blocks[torch.arange(num_rows, device=probs.device), block.squeeze(1)]
     shares = inside.cumsum(-1, dtype=torch.float64)
     # The running sum may end a rounding below the block's sum: then the block's last possible id is meant.
     last = _BLOCK - 1 - (inside > 0).flip(-1).int().argmax(-1, keepdim=True)
@@ -180,12 +188,12 @@ def _invert(probs: torch.Tensor, points: npt.NDArray[np.float64]) -> torch.Tenso
     return (block * _BLOCK + offset).squeeze(1)
 
 
-def _filter(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def filtered_probs(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Return probs (num_rows, vocab_size) with 0 for the tokens that top-k, top-p or min-p exclude.
 
     Equally likely tokens rank by id. top_p keeps the shortest head of the ranking whose share reaches top_p.
     """
-    floors = torch.tensor([p.min_p for p in params], dtype=torch.float32).unsqueeze(1)
+    floors = torch.tensor([p.min_p for p in params], dtype=torch.float32, device=probs.device).unsqueeze(1)
     kept = torch.where(probs < probs.amax(-1, keepdim=True) * floors, 0.0, probs)
     ranked_rows = [i for i, p in enumerate(params) if p.top_p < 1 or p.top_k != -1]
     if not ranked_rows:
@@ -219,7 +227,8 @@ def _cut(
 def _is_inside(ranked: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Tell which ranked probabilities (num_rows, count) lie within the row's top_k and top_p."""
     before = ranked.cumsum(-1, dtype=torch.float64) - ranked
-    counts = torch.tensor([p.top_k if p.top_k != -1 else np.iinfo(np.int64).max for p in params])
+    device = ranked.device
+    counts = torch.tensor([p.top_k if p.top_k != -1 else np.iinfo(np.int64).max for p in params], device=device)
     # 1 is off: rounding in the sum must not cut the tail.
-    shares = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=torch.float64)
-    return (before < shares.unsqueeze(1)) & (torch.arange(ranked.shape[1]) < counts.unsqueeze(1))
+    shares = torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=torch.float64, device=device)
+    return (before < shares.unsqueeze(1)) & (torch.arange(ranked.shape[1], device=device) < counts.unsqueeze(1))

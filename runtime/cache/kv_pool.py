@@ -52,8 +52,13 @@ class KVPool:
         by_length: defaultdict[int, list[PageCopy]] = defaultdict(list)
         for copy in copies:
             by_length[copy.num_slots].append(copy)
+        device = self.k[0].device
         groups = [
-            (torch.tensor([c.source for c in group]), torch.tensor([c.target for c in group]), num_slots)
+            (
+                torch.tensor([c.source for c in group], device=device),
+                torch.tensor([c.target for c in group], device=device),
+                num_slots,
+            )
             for num_slots, group in by_length.items()
             if num_slots
         ]
@@ -64,7 +69,7 @@ class KVPool:
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill pages, or their scales, with NaN: a test's way to show that nothing reads what it does not own."""
-        index = torch.tensor(pages, dtype=torch.int64)
+        index = torch.tensor(pages, dtype=torch.int64, device=self.k[0].device)
         for tensor in self._tensors():
             if tensor.is_floating_point():
                 tensor.index_fill_(0, index, float("nan"))

@@ -12,28 +12,45 @@ from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import StepInputs
 from bough.runtime.models.config import ModelConfig
-from bough.runtime.models.layers import Int8Linear, Linear, LinearPlan, plan_linear
+from bough.runtime.models.layers import DeviceLinear, Int8Linear, Linear, LinearPlan, Product, plan_linear
 from bough.runtime.models.rope import RopeTable
 from bough.runtime.models.weights import Weights
+
+
+class DeviceParts(NamedTuple):
+    """What a model on a GPU is made with: its row operations, and the fixed rows of its products (`DeviceLinear`)."""
+
+    rows: RowOps
+    fixed_rows: int | None
 
 
 class Llama:
     """The decoder: token ids -> hidden states -> logits. Holds weights only; the KV pool is the caller's.
 
     int8: the linear layers have int8 weights. Embeddings, norms and the head stay: the first two are read a few rows at
-    a time, and the head's errors would go straight into the choice of the token.
+    a time, and the head's errors would go straight into the choice of the token. parts: for a GPU; by default the CPU's.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, *, int8: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        parts: DeviceParts | None = None,
+        device: torch.device | None = None,
+        *,
+        int8: bool = False,
+    ) -> None:
         self.config = config
         self.int8 = int8
-        build = _Builder(config, weights, int8=int8)
+        build = _Builder(config, weights, parts, int8=int8)
         self._embedding = weights.take("model.embed_tokens.weight")
         self._layers = [build.layer(index) for index in range(config.num_layers)]
         self._norm = build.norm("model.norm")
         self._rows = build.rows
         self._head = build.head(self._embedding)
-        self._rope = RopeTable(config.rope, config.head_dim)
+        self._rope = RopeTable(config.rope, config.head_dim, device)
+        if parts is not None:
+            self._rope.reserve(config.context_len)
 
     def forward(self, inputs: StepInputs, pool: KVPool) -> torch.Tensor:
         """Compute the step's tokens and write their KV into the pool.
@@ -58,11 +75,11 @@ class _LayerWeights(NamedTuple):
     """One decoder layer's weights; norms (hidden_size,) before attention and before the MLP."""
 
     norms: tuple[torch.Tensor, torch.Tensor]
-    qkv: Linear | Int8Linear
+    qkv: Product
     head_norms: HeadNorms | None
-    out: Linear | Int8Linear
-    gate_up: Linear | Int8Linear
-    down: Linear | Int8Linear
+    out: Product
+    gate_up: Product
+    down: Product
 
 
 class _Layer:
@@ -97,13 +114,14 @@ class _Layer:
 class _Builder:
     """Makes a model's parts from its weights; matrices of one shape share the plan that was found for the first."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, *, int8: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, parts: DeviceParts | None, *, int8: bool) -> None:
         self._config = config
         self._weights = weights
         self._int8 = int8
+        self._parts = parts
         self._plans: dict[tuple[int, int], LinearPlan] = {}
         sizes = (config.hidden_size, config.mlp_size)
-        self.rows = choose_rows(sizes, config.head_dim, weights.dtype)
+        self.rows = choose_rows(sizes, config.head_dim, weights.dtype) if parts is None else parts.rows
 
     def layer(self, index: int) -> _Layer:
         prefix = f"model.layers.{index}."
@@ -124,16 +142,21 @@ class _Builder:
     def norm(self, name: str) -> torch.Tensor:
         return self._weights.take(f"{name}.weight").contiguous()
 
-    def head(self, embedding: torch.Tensor) -> Linear:
+    def head(self, embedding: torch.Tensor) -> Product:
         weight = embedding if self._config.tie_embeddings else self._weights.take("lm_head.weight")
-        return Linear(weight, None, self._plan(weight))
+        return self._product(weight, None)
 
-    def _linear(self, *names: str) -> Linear | Int8Linear:
+    def _linear(self, *names: str) -> Product:
         """Return one layer for matrices that share their input, stacked in this order."""
         weight = self._weights.take(*(f"{name}.weight" for name in names))
         biases = [f"{name}.bias" for name in names]
         bias = self._weights.take(*biases) if self._weights.has(biases[0]) else None
-        return Int8Linear(weight, bias) if self._int8 else Linear(weight, bias, self._plan(weight))
+        return Int8Linear(weight, bias) if self._int8 else self._product(weight, bias)
+
+    def _product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        if self._parts is not None:
+            return DeviceLinear(weight, bias, self._parts.fixed_rows)
+        return Linear(weight, bias, self._plan(weight))
 
     def _plan(self, weight: torch.Tensor) -> LinearPlan:
         shape = (weight.shape[0], weight.shape[1])

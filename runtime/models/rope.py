@@ -63,19 +63,24 @@ class RopeTable:
     value does not depend on how many positions were computed in one call.
     """
 
-    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device | None = None) -> None:
+        self._device = device
         self._frequencies = inverse_frequencies(rope, head_dim)
         self._scale = rope.attention_factor
-        self._cos = self._sin = torch.empty(0, head_dim // 2)
+        self._cos = self._sin = torch.empty(0, head_dim // 2, device=device)
 
     def lookup(self, positions: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, each (num_tokens, head_dim / 2) float32, of int64 `positions`, all below `end`."""
+        self.reserve(end)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def reserve(self, end: int) -> None:
+        """Make the tables for all positions below `end`; they do not move before a higher one is asked for."""
         if end > len(self._cos):
             self._grow(-(-end // _GROWTH) * _GROWTH)
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _grow(self, end: int) -> None:
         positions = torch.arange(len(self._cos), end, dtype=torch.float32)
         angles = torch.outer(positions, self._frequencies).double()
-        self._cos = torch.cat([self._cos, angles.cos().float() * self._scale])
-        self._sin = torch.cat([self._sin, angles.sin().float() * self._scale])
+        self._cos = torch.cat([self._cos, (angles.cos().float() * self._scale).to(self._device)])
+        self._sin = torch.cat([self._sin, (angles.sin().float() * self._scale).to(self._device)])

@@ -71,9 +71,17 @@ class Weights:
     tensors nobody asked for are listed in one warning.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        on_progress: OnProgress | None,
+        device: torch.device | None = None,
+    ) -> None:
         self._folder = folder
         self.dtype = dtype
+        self._device = device
         self._on_progress = on_progress
         self._files = {path: _open(path) for path in _files(folder)}
         self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
@@ -106,7 +114,7 @@ class Weights:
         if self._on_progress is not None:
             self._on_progress(self._done_bytes, self._total_bytes)
         # A copy even where the dtype fits: the file's mapping is not ours to keep.
-        return tensor.to(self.dtype, copy=True)
+        return tensor.to(self._device, self.dtype, copy=True)
 
     def _check_names(self, config: ModelConfig) -> None:
         missing = sorted(self._expected.keys() - self._where.keys())

@@ -218,8 +218,11 @@ def test_names_resolve_to_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("arguments", "words"),
     [
         ({"dtype": "fp8"}, "dtype must be one of float32, fp32, bfloat16, bf16, got 'fp8'"),
-        ({"device": "cuda"}, "the CUDA path is not built yet"),
-        ({"device": "tpu"}, "device must be 'cpu', got 'tpu'"),
+        ({"device": "cuda:99"}, "device must be 'cpu' or 'cuda', got 'cuda:99': .* CUDA devices?"),
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu': it is not known"),
+        ({"dtype": "float16"}, "dtype must be one of .*, got 'float16'; float16 needs a GPU"),
+        ({"mem_fraction": 0.5}, "mem_fraction is of a GPU's memory"),
+        ({"attention": "triton"}, "triton attention needs a CUDA device, or Triton's interpreter"),
         ({"max_total_tokens": 0}, "max_total_tokens must be at least 1, got 0"),
     ],
 )

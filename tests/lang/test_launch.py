@@ -137,6 +137,7 @@ def test_only_what_was_asked_for_is_passed_on() -> None:
         ({"page_size": 0}, "page_size must be a whole number of at least 1, got 0"),
         ({"page_size": None}, "page_size must be"),
         ({"max_total_tokens": 1.5}, "max_total_tokens must be"),
+        ({"mem_fraction": 1.5}, "mem_fraction must be above 0 and at most 1, got 1.5"),
         ({"max_running": True}, "max_running must be"),
         ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"dtype": "int3"}, "dtype must be one of float32"),

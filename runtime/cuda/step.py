@@ -1,0 +1,171 @@
+"""A step on the device: its inputs in buffers that never move, one upload, and a CUDA graph where the step is small."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from bough.kernels.attention import Attention
+from bough.kernels.cuda_attention import Capacity, DevicePlan, Launches, PlanBuffers, StepPlan
+from bough.runtime.inputs import StepInputs
+
+log = logging.getLogger(__name__)
+
+GRAPH_SIZES: Final = (1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), 160, 192, 224, 256)
+_LEAST = Capacity(64, 4096, 256, 256, 256, 512, 512, 16)
+_GRAPHS_LEAST = Capacity(GRAPH_SIZES[-1], 65_536, 2048, 2048, 2048, 4096, 2048, 0)
+_SECTIONS = 5  # token ids, positions, slots, and twice as much room for what is wanted: a token may be so twice
+
+Forward = Callable[[StepInputs], torch.Tensor]
+
+
+class StepBuffers:
+    """The inputs of one step at a time. `write` makes room where a step needs more than any before it."""
+
+    def __init__(self, attention: Attention, device: torch.device, least: Capacity = _LEAST) -> None:
+        assert attention.kernels is not None, "buffers are for a GPU's kernels"
+        self._attention = attention
+        self._kernels = attention.kernels
+        self._device = device
+        self._buffers = self._make(least)
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._buffers.capacity
+
+    def reserve(self, inputs: StepInputs) -> bool:
+        """Make room for a step. Returns whether the buffers moved, so that what was captured with them is void."""
+        capacity = self.capacity
+        needed = _needed(inputs)
+        if all(value <= getattr(capacity, name) for name, value in asdict(needed).items()):
+            return False
+        grown = {name: max(getattr(capacity, name), _power_of_two(value)) for name, value in asdict(needed).items()}
+        self._buffers = self._make(replace(capacity, **grown))
+        return True
+
+    def write(self, inputs: StepInputs) -> None:
+        """Copy a step's inputs to the device, in one copy; `reserve` has made room."""
+        size = self.capacity.num_tokens
+        numbers = np.zeros(_SECTIONS * size, dtype=np.int32)
+        numbers[2 * size : 3 * size] = -1  # padding's keys and values are not kept
+        parts = (inputs.token_ids, inputs.positions, inputs.slots, inputs.wanted)
+        for index, part in enumerate(parts):
+            numbers[index * size : index * size + len(part)] = part.numpy()
+        assert isinstance(inputs.attention, StepPlan)
+        self._buffers.write(inputs.attention, numbers)
+
+    def inputs(self, num_tokens: int, launches: Launches, end_position: int, wanted: torch.Tensor) -> StepInputs:
+        """Return what was written as a model takes it, padded to `num_tokens`."""
+        size = self.capacity.num_tokens
+        token_ids, positions, slots = (self._buffers.extra[i * size : i * size + num_tokens] for i in range(3))
+        plan = DevicePlan(self._buffers, launches, self._kernels)
+        none = np.zeros(0, dtype=np.int64)
+        return StepInputs(token_ids, positions, slots, end_position, plan, wanted, (), (), none)
+
+    def wanted(self, count: int) -> torch.Tensor:
+        """Return the first `count` of the tokens whose hidden states are wanted, as written."""
+        return self._buffers.extra[3 * self.capacity.num_tokens :][:count]
+
+    def _make(self, capacity: Capacity) -> PlanBuffers:
+        heads, dim = self._attention.num_heads, self._attention.head_dim
+        return PlanBuffers(capacity, heads, dim, self._device, _SECTIONS * capacity.num_tokens)
+
+
+class EagerSteps:
+    """Runs steps of any size, kernel by kernel."""
+
+    def __init__(self, forward: Forward, attention: Attention, device: torch.device) -> None:
+        self._forward = forward
+        self._buffers = StepBuffers(attention, device)
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """Return the hidden states of the tokens wanted, (num_wanted, hidden_size)."""
+        self._buffers.reserve(inputs)
+        self._buffers.write(inputs)
+        assert isinstance(inputs.attention, StepPlan)
+        launches = Launches.of(inputs.attention)
+        wanted = self._buffers.wanted(len(inputs.wanted))
+        return self._forward(self._buffers.inputs(len(inputs.token_ids), launches, inputs.end_position, wanted))
+
+
+class GraphSteps:
+    """Runs steps without prefill tiles, of at most `GRAPH_SIZES[-1]` tokens, as one graph for each padded size.
+
+    A size is captured when it is first met, after it has run once: Triton compiles at a first launch, and cuBLAS takes
+    its workspace. Graphs share one memory pool, since one runs at a time and its result is used before the next.
+    end_position: above every position, so that the rotary table never moves. On a CPU (Triton's interpreter) the
+    captured work is called again instead, on the same buffers.
+    """
+
+    def __init__(self, forward: Forward, attention: Attention, device: torch.device, end_position: int) -> None:
+        self._forward = forward
+        self._device = device
+        self._end_position = end_position
+        self._buffers = StepBuffers(attention, device, _GRAPHS_LEAST)
+        self._graphs: dict[tuple[int, Launches], _Graph] = {}
+        self._every = torch.arange(GRAPH_SIZES[-1], dtype=torch.int32, device=device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.num_replays = 0
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def serves(self, inputs: StepInputs) -> bool:
+        """Tell whether a step may run here."""
+        plan = inputs.attention
+        assert isinstance(plan, StepPlan)
+        return not len(plan.tiles) and len(inputs.token_ids) <= GRAPH_SIZES[-1]
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """Return the hidden states of the tokens wanted, (num_wanted, hidden_size); valid until the next step."""
+        if self._buffers.reserve(inputs):
+            log.info("the buffers of captured steps grew: %s", self._buffers.capacity)
+            self._graphs.clear()
+        self._buffers.write(inputs)
+        assert isinstance(inputs.attention, StepPlan)
+        num_tokens = next(size for size in GRAPH_SIZES if size >= len(inputs.token_ids))
+        key = (num_tokens, Launches.of(inputs.attention))
+        graph = self._graphs.get(key)
+        if graph is None:
+            padded = self._buffers.inputs(*key, self._end_position, self._every[:num_tokens])
+            hidden = self._forward(padded)
+            self._graphs[key] = _capture(lambda: self._forward(padded), self._device, self._pool)
+        else:
+            hidden = graph()
+            self.num_replays += 1
+        return hidden.index_select(0, self._buffers.wanted(len(inputs.wanted)))
+
+
+_Graph = Callable[[], torch.Tensor]
+
+
+def _capture(work: _Graph, device: torch.device, pool: Any) -> _Graph:
+    """Return what does `work` again on the same tensors."""
+    if device.type != "cuda":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _needed(inputs: StepInputs) -> Capacity:
+    plan = inputs.attention
+    assert isinstance(plan, StepPlan)
+    needed = Capacity.of(plan)
+    return replace(needed, num_tokens=max(needed.num_tokens, len(inputs.wanted) // 2 + 1))
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()

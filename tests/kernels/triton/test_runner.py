@@ -1,0 +1,183 @@
+"""The runner of a GPU against the CPU's on tiny checkpoints: whole steps, as graphs and kernel by kernel."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from tiny_models import CONTEXT_LEN, Text, generate, random_ids, texts, tiny_model
+
+from bough.runtime import sampler
+from bough.runtime.batch import Batch, PageCopy, Row, SampleRequest
+from bough.runtime.cuda.runner import CudaRunner
+from bough.runtime.cuda.sampler import sample
+from bough.runtime.grammar.constraint import Words
+from bough.runtime.grammar.masks import Masks
+from bough.runtime.protocol import SamplingParams
+from bough.runtime.runner import Runner, load_runner
+
+# Padding's rows hold what lay in memory; no other row reads them.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@cache
+def cpu_runner(variant: str) -> Runner:
+    return load_runner(tiny_model(variant), dtype="float32", max_total_tokens=6 * CONTEXT_LEN)
+
+
+@cache
+def gpu_runner(variant: str, device: torch.device, **options: Any) -> CudaRunner:
+    name = None if device.type == "cpu" else device.type
+    runner = load_runner(
+        tiny_model(variant),
+        dtype="float32",
+        device=name,
+        max_total_tokens=6 * CONTEXT_LEN,
+        attention="triton",
+        **options,
+    )
+    assert isinstance(runner, CudaRunner)
+    runner.pool.poison(range(runner.num_pages))
+    return runner
+
+
+def test_tokens_are_those_of_the_cpu_in_a_ragged_batch(device: torch.device) -> None:
+    """Prefill in tiles and as short extends, then decodes of 3 rows, padded to 4, as one captured step."""
+    runner = gpu_runner("qwen3", device)
+    expected, found = (
+        generate(each, texts(each, [random_ids(length, seed=length) for length in (1, 4, 17)]), 3)
+        for each in (cpu_runner("qwen3"), runner)
+    )
+    assert found == expected
+    assert runner.graphs is not None
+    assert runner.graphs.num_replays >= 1
+
+
+def test_steps_of_single_kernels_give_the_same_tokens(device: torch.device) -> None:
+    runner = gpu_runner("llama_biased", device, cuda_graphs=False)
+    assert runner.graphs is None
+    expected, found = (
+        generate(each, texts(each, [random_ids(3, seed=3)]), 2) for each in (cpu_runner("llama_biased"), runner)
+    )
+    assert found == expected
+
+
+def test_branches_that_share_pages_decode_as_on_the_cpu(device: torch.device) -> None:
+    """A prefix of 6 pages read once for 3 branches, whose last pages are copies made in the step before they part."""
+    found = []
+    for runner in (cpu_runner("llama_tied"), gpu_runner("llama_tied", device)):
+        (trunk,) = texts(runner, [random_ids(100, seed=1)])
+        generator = torch.Generator().manual_seed(0)
+        for pages in (*runner.pool.k, *runner.pool.v):  # as if a prefill had been here
+            written = torch.randn(7, *pages.shape[1:], generator=generator)
+            pages[torch.from_numpy(trunk.pages[:7]).long().to(pages.device)] = written.to(pages.device)
+        free = np.setdiff1d(np.arange(runner.num_pages, dtype=np.int32), trunk.pages)
+        branches = []
+        for i in range(3):
+            branch = Text(trunk.ids, np.concatenate([trunk.pages[:6], free[2 * i : 2 * i + 2]]))
+            branch.done = 99
+            branches.append(branch)
+        copies = tuple(PageCopy(int(trunk.pages[6]), int(branch.pages[6]), 99 % 16) for branch in branches)
+        rows = tuple(_seeded(branch.row(runner.page_size, temperature=1.0), i) for i, branch in enumerate(branches))
+        tokens = [result.token for result in runner.execute(Batch(rows, copies))]
+        for branch, token in zip(branches, tokens, strict=True):
+            branch.append(token)
+        found.append((tokens, generate(runner, branches, 1)))
+    assert found[0] == found[1]
+
+
+def _seeded(row: Row, seed: int) -> Row:
+    assert row.sample is not None
+    return msgspec.structs.replace(row, sample=msgspec.structs.replace(row.sample, seed=seed))
+
+
+def test_scores_are_those_of_the_cpu(device: torch.device) -> None:
+    ids = random_ids(6, seed=3)
+    scores = []
+    for runner in (cpu_runner("llama_tied"), gpu_runner("llama_tied", device)):
+        (text,) = texts(runner, [ids])
+        row = msgspec.structs.replace(
+            text.row(16, 5), score_ids=ids[1:], score_at=np.arange(5, dtype=np.int32), sample=None
+        )
+        (result,) = runner.execute(Batch((row,)))
+        assert result.score_logprobs is not None
+        scores.append(result.score_logprobs)
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-3)
+
+
+def test_exact_results_do_not_depend_on_the_batch_or_on_how_a_token_came_about(device: torch.device) -> None:
+    """Keys of a token that was drawn, and of the same token computed with the prompt beside strangers: equal bits."""
+    runner = gpu_runner("llama_tied", device, exact=True)
+    (alone,) = texts(runner, [random_ids(3, seed=5)], seed=1)
+    generate(runner, [alone], 2)
+    written = _keys(runner, alone)
+    again, stranger = texts(runner, [alone.ids, random_ids(2, seed=6)], seed=2)
+    again.ids = alone.ids[:4]
+    runner.execute(Batch((again.row(16), stranger.row(16))))
+    assert torch.equal(_keys(runner, again), written)
+
+
+def _keys(runner: Runner, text: Text) -> torch.Tensor:
+    return torch.stack([k[torch.from_numpy(text.pages[:1]).to(k.device).long(), :4].cpu() for k in runner.pool.k])
+
+
+class Only:
+    """A constraint that allows even ids."""
+
+    def fill(self, words: Words, forbidden: tuple[int, ...]) -> None:
+        words[:] = 0x55555555
+        assert forbidden == (3,)
+
+
+SAMPLING = (
+    {"temperature": 0.0},
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 1.0},
+    {"temperature": 0.5, "top_k": 5},
+    {"temperature": 1.5, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.2, "logprobs": 0},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {"temperature": 1.0, "frequency_penalty": 0.7, "presence_penalty": -0.4},
+    {"temperature": 0.0, "logit_bias": {7: 30.0, 8: -2.0}},
+)
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_the_sampler_draws_what_the_cpu_s_draws(constrained: bool, device: torch.device) -> None:
+    logits = torch.randn(len(SAMPLING) * 3, 2100, generator=torch.Generator().manual_seed(2)) * 3
+    requests = [
+        SampleRequest(
+            SamplingParams(**SAMPLING[i % len(SAMPLING)]),
+            seed=i,
+            position=i + 5,
+            generated=np.array([4, 9, 4], dtype=np.int32),
+            prompt=np.array([2, 9], dtype=np.int32),
+            forbidden=(3,),
+            constraint=Only() if constrained and i % 2 else None,  # type: ignore[arg-type]
+        )
+        for i in range(len(logits))
+    ]
+    expected = sampler.sample(logits.clone(), requests, Masks())
+    found = sample(logits.to(device), requests, Masks())
+    assert [draw.token for draw in found] == [draw.token for draw in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.logprob is None) == (theirs.logprob is None)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-6)
+        assert [token for _, token in ours.top] == [token for _, token in theirs.top]
+
+
+def test_rows_that_cannot_be_drawn_are_named(device: torch.device) -> None:
+    request = SampleRequest(
+        SamplingParams(temperature=1.0, top_k=2), 0, 0, np.zeros(0, np.int32), np.zeros(0, np.int32), (0, 1, 2)
+    )
+    free = msgspec.structs.replace(request, forbidden=())
+    with pytest.raises(FloatingPointError, match="every token is forbidden in row 1"):
+        sample(torch.zeros(2, 3, device=device), [free, request], Masks())
+    broken = torch.zeros(2, 3, device=device)
+    broken[1, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite in row 1"):
+        sample(broken, [free, free], Masks())
