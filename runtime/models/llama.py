@@ -28,7 +28,8 @@ class Llama:
     """The decoder: token ids -> hidden states -> logits. Holds weights only; the KV pool is the caller's.
 
     int8: the linear layers have int8 weights. Embeddings, norms and the head stay: the first two are read a few rows at
-    a time, and the head's errors would go straight into the choice of the token. parts: for a GPU; by default the CPU's.
+    a time, and the head's errors would go straight into the choice of the token. parts: for a GPU; by default
+    those of the CPU.
     """
 
     def __init__(
