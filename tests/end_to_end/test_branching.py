@@ -111,8 +111,9 @@ def test_beams_share_their_past_and_the_pruned_give_their_pages_back(pocket: bo.
     pocket.flush_cache()
     s = bo.State(pocket)
     s += "The captain looked at the sea and said that it was going to be a long night. " * 4
+    gen = bo.gen("x", max_tokens=6, ignore_eos=True, heal=False)  # healing may draw a seam's token once more
     before = numbers(pocket)
-    beams = within(60, lambda: s.beam(2, bo.gen("x", max_tokens=6, ignore_eos=True), depth=3, branching=3))
+    beams = within(60, lambda: s.beam(2, gen, depth=3, branching=3))
     after = numbers(pocket)
     assert len(beams) == 2
     scores = [bo.mean_logprob(b) for b in beams]
