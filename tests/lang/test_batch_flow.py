@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextvars
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -322,7 +323,16 @@ def test_leaving_the_loop_ends_what_is_in_flight(program: bo.Program) -> None:
     assert int(backend.stats()["num_calls"]) < len(ITEMS), "each makes three"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where these tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @BOTH
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_starts_nothing_more_and_leaves_nothing_waiting(program: bo.Program) -> None:
     backend = bo.ScriptedBackend(echo)
 
