@@ -103,6 +103,12 @@ def test_an_unknown_type_is_refused_by_name(name: str) -> None:
         bo.Runtime(weights=name)
 
 
+def test_int8_weights_are_refused_on_a_gpu_by_name() -> None:
+    with pytest.raises(RequestError, match="weights='int8' is the CPU's so far, not a GPU's") as caught:
+        load_runner(tiny_model("qwen3"), attention="triton", weights="int8")
+    assert caught.value.kind == "invalid_request"
+
+
 def test_the_bundled_model_says_the_same_in_int8_and_its_runtime_tells() -> None:
     """17 of 20 sums at least: where two answers are almost equally likely the last bits decide."""
 

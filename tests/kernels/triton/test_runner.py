@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 
 @cache
-def cpu_runner(variant: str) -> Runner:
-    return load_runner(tiny_model(variant), dtype="float32", max_total_tokens=6 * CONTEXT_LEN)
+def cpu_runner(variant: str, kv_dtype: str | None = None) -> Runner:
+    return load_runner(tiny_model(variant), dtype="float32", max_total_tokens=6 * CONTEXT_LEN, kv_dtype=kv_dtype)
 
 
 @cache
@@ -95,10 +95,12 @@ def _seeded(row: Row, seed: int) -> Row:
     return msgspec.structs.replace(row, sample=msgspec.structs.replace(row.sample, seed=seed))
 
 
-def test_scores_are_those_of_the_cpu(device: torch.device) -> None:
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_scores_are_those_of_the_cpu(device: torch.device, kv_dtype: str | None) -> None:
     ids = random_ids(6, seed=3)
     scores = []
-    for runner in (cpu_runner("llama_tied"), gpu_runner("llama_tied", device)):
+    for runner in (cpu_runner("llama_tied", kv_dtype), gpu_runner("llama_tied", device, kv_dtype=kv_dtype)):
+        assert runner.kv_dtype == (kv_dtype or "float32")
         (text,) = texts(runner, [ids])
         row = msgspec.structs.replace(
             text.row(16, 5), score_ids=ids[1:], score_at=np.arange(5, dtype=np.int32), sample=None
