@@ -1,0 +1,262 @@
+"""The report's sections on kernels alone: right or wrong, the device's ceilings, each small kernel."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_report import Clock, Row
+
+from bough.kernels import reference
+from bough.kernels.attention import choose_attention
+from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, plan_step, run
+from bough.kernels.draw import draw
+from bough.kernels.gated_silu import gated_silu
+from bough.kernels.layout import PagedLayout
+from bough.kernels.logits import BLOCK, prepare_logits
+from bough.kernels.paged_kv import PagedKV
+from bough.kernels.rms_norm import rms_norm
+from bough.kernels.rope import rotate_and_store
+
+PAGE_SIZE = 16
+
+Parts = dict[str, tuple[float, Callable[[Clock], Iterator[Row]]]]
+
+
+def parts(device: torch.device) -> Parts:
+    """Return the sections: name -> (seconds, what yields rows)."""
+    tiny = device.type == "cpu"
+    return {
+        "correctness": (60.0, lambda clock: correctness(device, clock)),
+        "ceilings": (15.0, lambda clock: ceilings(device, tiny)),
+        "kernels": (40.0, lambda clock: kernels(device, tiny, clock)),
+    }
+
+
+def medians_us(works: dict[str, Callable[[], object]], device: torch.device, repetitions: int = 15) -> dict[str, float]:
+    """Return the median microseconds of each, measured in turn after two warm-up calls each."""
+    for work in works.values():
+        work()
+        work()
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repetitions if device.type == "cuda" else 1):
+        for name, work in works.items():
+            found[name].append(_timed_us(work, device))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _timed_us(work: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return (time.perf_counter() - begin) * 1e6
+    cuda: Any = torch.cuda
+    begin_event, end_event = (cuda.Event(enable_timing=True) for _ in range(2))
+    cuda._sleep(1_000_000)  # the host runs ahead: launches are not part of the time
+    begin_event.record()
+    work()
+    end_event.record()
+    end_event.synchronize()
+    return float(begin_event.elapsed_time(end_event)) * 1e3
+
+
+def some(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the same normal numbers every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def layout_of(lengths: Sequence[int], num_new: Sequence[int], shared: int) -> PagedLayout:
+    """Return sequences of `lengths` tokens, the last num_new new, whose first `shared` lie in the same pages."""
+    assert shared % PAGE_SIZE == 0, "whole pages are shared"
+    common = np.arange(shared // PAGE_SIZE, dtype=np.int32)
+    pages, free = [], len(common)
+    for length in lengths:
+        own = -(-length // PAGE_SIZE) - len(common)
+        pages.append(np.concatenate([common, np.arange(free, free + own, dtype=np.int32)]))
+        free += own
+    indptr = [np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32) for sizes in (num_new, [len(p) for p in pages])]
+    return PagedLayout(
+        indptr[0],
+        indptr[1],
+        np.concatenate(pages),
+        np.array(lengths, dtype=np.int32),
+        np.array(num_new) == 1,
+        PAGE_SIZE,
+    )
+
+
+def prepared(
+    layout: PagedLayout, kernels: Kernels, heads: int, dim: int, device: torch.device
+) -> tuple[PlanBuffers, Launches]:
+    """Return a plan on the device."""
+    plan = plan_step(layout, kernels)
+    buffers = PlanBuffers(Capacity.of(plan), heads, dim, device)
+    buffers.write(plan)
+    return buffers, Launches.of(plan)
+
+
+def attention_of(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device, share: bool) -> Kernels:
+    """Return the kernels of a shape on this device."""
+    chosen = choose_attention(heads, kv_heads, dim, dtype, device, "triton", share=share).kernels
+    assert chosen is not None
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------ right or wrong
+
+
+def correctness(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Compare every kernel with its definition; errors relative to the largest value."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
+    for dtype in dtypes:
+        limit = 2e-3 if dtype == torch.float32 else 2e-2
+        for name, check in (("rows", _row_errors), ("attention", _attention_errors)):
+            if clock.is_out:
+                return
+            for what, error in check(dtype, device):
+                yield {"kernel": f"{name} {what}", "dtype": str(dtype)[6:], "error": error, "right": error <= limit}
+    wrong = _draw_error(device)
+    yield {"kernel": "draw", "dtype": "float32", "error": wrong, "right": wrong == 0}
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.cpu().double()
+    difference = (found.cpu().double() - expected).abs().max() / expected.abs().max()
+    return float(difference.nan_to_num(float("inf")))
+
+
+def _row_errors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float]]:
+    x, residual, weight = (some(*shape, dtype=dtype, device=device) for shape in ((5, 320), (5, 320), (320,)))
+    expected = reference.rms_norm(x.cpu(), weight.cpu(), 1e-6, residual.cpu())[1]
+    yield "norm", _error(rms_norm(x, weight, 1e-6, residual.clone()), expected)
+    gate_up = some(5, 2 * 352, dtype=dtype, device=device)
+    yield "gate", _error(gated_silu(gate_up), reference.gated_silu(gate_up.cpu()))
+    qkv = some(5, 8, 64, dtype=dtype, device=device)
+    angles = torch.rand(9, 32, generator=torch.Generator().manual_seed(1))
+    positions, slots = torch.tensor([0, 3, 8, 1, 2], dtype=torch.int32), torch.tensor([4, 9, 0, 31, -1])
+    pages = torch.zeros(2, 16, 2, 64, dtype=dtype, device=device)
+    kv = PagedKV(pages, pages.clone())
+    tables = (angles.cos().to(device), angles.sin().to(device))
+    found = rotate_and_store(qkv.clone(), 4, kv, positions.to(device), *tables, slots.to(device, torch.int32))
+    turned = reference.rotate(qkv.cpu(), angles.cos()[positions.long()], angles.sin()[positions.long()])
+    yield "rotation", _error(found, turned[:, :4])
+    kept = kv.k.view(-1, 2, 64)[slots[:4].to(device)]
+    yield "kv write", _error(kept, turned[:4, 4:6])
+
+
+def _attention_errors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float]]:
+    small = device.type == "cpu"
+    heads = [(4, 2, 64)] if small else [(32, 8, 128), (4, 4, 64), (8, 1, 80), (6, 2, 96), (4, 1, 256)]
+    shared = 64 if small else 512
+    for num_heads, num_kv_heads, dim in heads:
+        for name, new in (("decode", [1, 1, 1]), ("mixed", [1, 7, 40])):
+            lengths = [shared + extra for extra in (45, 60, 41)]
+            layout = layout_of(lengths, new, shared)
+            num_pages = int(layout.kv_indices.max()) + 1
+            q = some(sum(new), num_heads, dim, dtype=dtype, device=device)
+            k = some(num_pages, PAGE_SIZE, num_kv_heads, dim, dtype=dtype, device=device)
+            v = k.flip(0).contiguous()
+            scale = dim**-0.5
+            arrays = (layout.qo_indptr, layout.kv_indptr, layout.kv_indices, layout.kv_lens)
+            indptr, pages_indptr, indices, lens = (torch.from_numpy(array) for array in arrays)
+            exact_q, exact_k, exact_v = (tensor.cpu().double() for tensor in (q, k, v))
+            expected = reference.paged_attention(exact_q, exact_k, exact_v, indptr, pages_indptr, indices, lens, scale)
+            chosen = attention_of(num_heads, num_kv_heads, dim, dtype, device, True)
+            for split in (None, 512):
+                if split is not None and small:
+                    continue
+                kernels = replace(chosen, options=replace(chosen.options, exact_split=split))
+                buffers, launches = prepared(layout, kernels, num_heads, dim, device)
+                out = torch.full_like(q, torch.nan)
+                run(q, PagedKV(k, v), buffers, launches, kernels, scale, out)
+                yield f"{name} {num_heads}/{num_kv_heads}x{dim} split={split}", _error(out, expected)
+
+
+def _draw_error(device: torch.device) -> float:
+    """Return how many rows drew another token than the definition."""
+    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(3)) * 3
+    temperatures = torch.tensor([0.0, 1.0] * 4)
+    points = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    masks, rows = torch.full((1, 94), 0x55555555, dtype=torch.int32), torch.tensor([-1, 0] * 4, dtype=torch.int32)
+    expected = reference.draw(reference.prepare_logits(logits, masks, rows, temperatures), temperatures, points)
+    there = [tensor.to(device) for tensor in (logits, masks, rows, temperatures)]
+    out, *blocks = prepare_logits(*there)
+    return float((draw(out, *blocks, there[3], points.to(device)).cpu() != expected).sum())  # type: ignore[call-arg]
+
+
+# ------------------------------------------------------------------------------------------------ ceilings, kernels
+
+
+def ceilings(device: torch.device, tiny: bool) -> Iterator[Row]:
+    """Copy bandwidth (read + write) and matrix products."""
+    yield {"what": "copy", "tb_per_s": copy_bandwidth(device, tiny) / 1e12}
+    for rows in (64,) if tiny else (64, 512, 8192):
+        size = 64 if tiny else 8192
+        dtype = torch.float32 if tiny else torch.bfloat16
+        a, b = some(rows, size, dtype=dtype, device=device), some(size, size, dtype=dtype, device=device)
+        us = medians_us({"matmul": partial(torch.matmul, a, b)}, device)["matmul"]
+        yield {"what": f"matmul {rows}x{size}x{size}", "us": us, "tflop_per_s": 2 * rows * size * size / us / 1e6}
+
+
+def copy_bandwidth(device: torch.device, tiny: bool) -> float:
+    """Return bytes per second, read and written, of a large copy."""
+    source = torch.zeros((1 << 20) if tiny else (4 << 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    us = medians_us({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return 2 * source.nbytes / us * 1e6
+
+
+def kernels(device: torch.device, tiny: bool, clock: Clock) -> Iterator[Row]:
+    """Time each small kernel at an 8B model's widths; bytes are those it must move."""
+    bandwidth = copy_bandwidth(device, tiny)
+    dtype = torch.float32 if tiny else torch.bfloat16
+    hidden, mlp, vocab = (64, 96, 2100) if tiny else (4096, 14336, 128256)
+    for rows in (2,) if tiny else (1, 64, 1024):
+        if clock.is_out:
+            return
+        x, residual = (some(rows, hidden, dtype=dtype, device=device) for _ in range(2))
+        weight, gate_up = some(hidden, dtype=dtype, device=device), some(rows, 2 * mlp, dtype=dtype, device=device)
+        works: dict[str, tuple[Callable[[], object], int]] = {
+            "norm": (partial(rms_norm, x, weight, 1e-6, residual), 4 * x.nbytes),
+            "gate": (partial(gated_silu, gate_up), gate_up.nbytes * 3 // 2),
+            "rotation": _rotation(rows, dtype, device, tiny),
+        }
+        if rows <= 64:
+            works |= _drawing(rows, vocab, device)
+        times = medians_us({name: work for name, (work, _) in works.items()}, device)
+        for name, (_, num_bytes) in works.items():
+            share = num_bytes / times[name] * 1e6 / bandwidth
+            yield {"kernel": name, "rows": rows, "us": times[name], "bytes": num_bytes, "share_of_copy": share}
+
+
+def _rotation(rows: int, dtype: torch.dtype, device: torch.device, tiny: bool) -> tuple[Callable[[], object], int]:
+    """Return rotary embedding with the KV write, and its bytes: every head read and written once."""
+    heads, kv_heads, dim = (4, 2, 16) if tiny else (32, 8, 128)
+    qkv = some(rows, heads + 2 * kv_heads, dim, dtype=dtype, device=device)
+    pages = torch.zeros(-(-rows // PAGE_SIZE), PAGE_SIZE, kv_heads, dim, dtype=dtype, device=device)
+    angles = torch.rand(rows, dim // 2, device=device)
+    places = torch.arange(rows, dtype=torch.int32, device=device)
+    kv = PagedKV(pages, pages.clone())
+    work = partial(rotate_and_store, qkv, heads, kv, places, angles.cos(), angles.sin(), places)
+    return work, 2 * qkv.nbytes
+
+
+def _drawing(rows: int, vocab: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
+    """Return masks and temperature over all logits, and drawing, which reads each block's sums and one block."""
+    logits = some(rows, vocab, dtype=torch.float32, device=device)
+    masks = torch.full((1, -(-vocab // 32)), -1, dtype=torch.int32, device=device)
+    at, ones = torch.zeros(rows, dtype=torch.int32, device=device), torch.ones(rows, device=device)
+    # Prepared logits are the same logits at temperature 1: preparing them again and again changes nothing.
+    found, largest, sums, likeliest = prepare_logits(logits, masks, at, ones)
+    points = torch.full((rows,), 0.5, dtype=torch.float64, device=device)
+    num_bytes = largest.nbytes + sums.nbytes + likeliest.nbytes + rows * 4 * min(BLOCK, vocab)
+    return {
+        "logits": (partial(prepare_logits, logits, masks, at, ones), 2 * logits.nbytes),
+        "draw": (partial(draw, found, largest, sums, likeliest, ones, points), num_bytes),
+    }
