@@ -25,8 +25,9 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 FOLDER: Final = Path(__file__).resolve().parent
-# As the runtime does: spinning at OpenMP barriers makes short operations slow whenever someone else wants the core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As the runtime does: spinning for long at OpenMP barriers makes short operations slow when someone wants the core.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 @dataclass(frozen=True)

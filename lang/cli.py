@@ -62,7 +62,8 @@ def _bench(rest: Sequence[str]) -> int:
     for folder in (beside, os.getcwd()):
         script = os.path.join(folder, "benchmarks", "bench_suite.py")
         if os.path.isfile(script) and os.path.isfile(os.path.join(folder, "lang", "cli.py")):
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            if "OMP_WAIT_POLICY" not in os.environ:
+                os.environ.setdefault("GOMP_SPINCOUNT", "2000")
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, script, *rest])
     print(
