@@ -199,7 +199,7 @@ def test_a_seed_fixes_what_is_sampled_whatever_the_page_size_and_the_cache(pocke
     [
         ({"page_size": 0}, "page_size must be a whole number of at least 1, got 0"),
         ({"token_budget": -1}, "token_budget must be a whole number of at least 1, got -1"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"schedule_policy": "best"}, "schedule_policy must be one of lpm, fcfs, got 'best'"),
         ({"seed": 1.5}, "seed must be a whole number"),
     ],

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -61,6 +62,7 @@ class Oracle:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = model.eval()
         self.model.generation_config.eos_token_id = None  # both sides write on to the last token
+        self._exact: Any = None
         self._known: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -94,9 +96,14 @@ class Oracle:
         return self._known[key]
 
     def logprobs(self, ids: Sequence[int], start: int) -> list[float]:
-        """Return the natural-log probability of each of ids[start:] given all before it."""
+        """Return the natural-log probability of each of ids[start:] given all before it, computed in float64.
+
+        In float32 transformers is itself off by up to 1e-5.
+        """
+        if self._exact is None:
+            self._exact = deepcopy(self.model).double()
         with torch.inference_mode(), _one_thread():
-            table = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            table = self._exact(torch.tensor([ids])).logits[0].log_softmax(-1)
         return [float(table[position - 1, ids[position]]) for position in range(start, len(ids))]
 
 
