@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import logging
@@ -64,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--attention", choices=("native", "torch"), help="default: native where it works")
     parser.add_argument("--no-tree-decode", action="store_true", help="every sequence reads its own KV, shared or not")
     _add_grammar_limits(parser)
+    parser.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.speculate,
+        help="draft what repeats earlier text and verify it in one step; the output stays the same",
+    )
     parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     parser.add_argument("--lease", type=float, default=defaults.lease_s, metavar="S", help=argparse.SUPPRESS)
@@ -130,6 +137,7 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         max_running=options.max_running,
         schedule_policy=options.schedule_policy,
         radix_cache=not options.no_radix_cache,
+        speculate=options.speculate,
         seed=options.seed,
         lease_s=options.lease,
         max_waiting=options.max_waiting,
@@ -181,6 +189,7 @@ def _build(
     from bough.runtime.prompter import Prompter
     from bough.runtime.runner import load_runner
     from bough.runtime.scheduler import Scheduler
+    from bough.runtime.speculation import Speculator
     from bough.runtime.text.chat import load_chat_template
     from bough.runtime.text.tokenizer import load_tokenizer
 
@@ -201,10 +210,19 @@ def _build(
         max_running=config.max_running,
         cuda_graphs=not options.no_cuda_graphs,
     )
+    if config.speculate and not runner.exact:
+        log.warning(
+            "no speculation: this attention gives a drafted token other bits than a drawn one; --exact mends it"
+        )
+        config = dataclasses.replace(config, speculate=False)
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)
     scheduler = Scheduler(
-        cache, token_budget=config.token_budget, max_running=config.max_running, policy=config.schedule_policy
+        cache,
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        policy=config.schedule_policy,
+        speculator=Speculator(runner.context_len) if config.speculate else None,
     )
     runner.warm_up()
     epoch = secrets.randbits(62)

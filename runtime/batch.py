@@ -77,6 +77,8 @@ class Row(msgspec.Struct, frozen=True):
     score_ids: (k,) int32 or None; the log-probability of score_ids[j] is read from the logits that follow
     token_ids[score_at[j]]. score_at: (k,) int32, ascending.
     trie: None, or what stands elsewhere than start says; pages then holds all pages of the row.
+    draft: how many of the last token_ids nobody drew yet. A row that samples draws after the token before them, and
+    then after each of them as long as they are what was drawn.
     """
 
     token_ids: IntArray
@@ -86,6 +88,29 @@ class Row(msgspec.Struct, frozen=True):
     score_ids: IntArray | None = None
     score_at: IntArray | None = None
     trie: TrieShare | None = None
+    draft: int = 0
+
+    def draws(self) -> list[SampleRequest]:
+        """Return how to draw after each token that is followed by a draw: 1 + draft requests, or none."""
+        first = self.sample
+        if first is None:
+            return []
+        if not self.draft:
+            return [first]
+        text = np.concatenate([first.generated, self.token_ids[len(self.token_ids) - self.draft :]])
+        num_drawn = len(first.generated)
+        return [
+            first,
+            *(
+                msgspec.structs.replace(
+                    first,
+                    position=first.position + count,
+                    generated=text[: num_drawn + count],
+                    forbidden=first.forbidden if num_drawn + count < first.params.min_tokens else (),
+                )
+                for count in range(1, self.draft + 1)
+            ),
+        ]
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -101,7 +126,7 @@ class RowResult(msgspec.Struct, frozen=True):
     token: the drawn id, None if the row asked for none. logprob: its natural-log probability under the model's
     unmodified distribution; top: likelier-first (logprob, id) alternatives; entropy: of that distribution, in nats; all
     only if params.logprobs was given.
-    score_logprobs: (k,) float64 for score_ids.
+    score_logprobs: (k,) float64 for score_ids. further: what was drawn after each token of the draft that came true.
     """
 
     token: int | None = None
@@ -109,3 +134,4 @@ class RowResult(msgspec.Struct, frozen=True):
     top: tuple[tuple[float, int], ...] = ()
     score_logprobs: npt.NDArray[np.float64] | None = None
     entropy: float | None = None
+    further: tuple[RowResult, ...] = ()

@@ -527,6 +527,8 @@ class Engine:
             "discarded_pages": cache.num_discarded,
             "preemptions": counters.preemptions,
             "rebuilds": counters.rebuilds,
+            "drafted_tokens": counters.drafted_tokens,
+            "accepted_tokens": counters.accepted_tokens,
             "total_pages": cache.num_pages,
             "free_pages": cache.allocator.num_free,
             "cached_pages": cache.tree.num_cached_pages(),

@@ -20,8 +20,8 @@ class StepInputs:
 
     token_ids, positions, slots: (num_tokens,) int64; slot = page * page_size + offset in the pool. end_position:
     above every position. attention: the plan all layers share. wanted: (num_wanted,) int64, the tokens whose final
-    hidden states are needed: first one for each row that samples, then those of each row that scores, each once.
-    sample_rows: the rows that sample; score_rows: the rows that score; both in the order of `wanted`.
+    hidden states are needed: first one for each draw, then those of each row that scores, each once.
+    sample_rows: the row of each draw; score_rows: the rows that score; both in the order of `wanted`.
     score_hidden: (num_scores,) int64 ascending, which of the hidden states that are for scores each score is read from.
     """
 
@@ -64,9 +64,9 @@ def build_inputs(
         nodes = slice(layout.qo_indptr[i + 1] - len(trie.slots), layout.qo_indptr[i + 1])
         slots[nodes], positions[nodes] = trie.slots, trie.context_len + trie.depths
     page = layout.kv_indices[layout.kv_indptr[owner] + slots // page_size].astype(np.int64)
-    sample_rows = tuple(i for i, row in enumerate(rows) if row.sample is not None)
+    sample_rows = tuple(i for i, row in enumerate(rows) if row.sample is not None for _ in range(1 + row.draft))
     score_rows = tuple(i for i, row in enumerate(rows) if row.score_ids is not None and len(row.score_ids))
-    wanted, score_hidden = _wanted(rows, layout.qo_indptr, sample_rows, score_rows)
+    wanted, score_hidden = _wanted(rows, layout.qo_indptr, score_rows)
     if tries:
         layout = slot_layout(rows, layout)
     return StepInputs(
@@ -178,11 +178,18 @@ def _indptr(lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[t
 def _wanted(
     rows: tuple[Row, ...],
     qo_indptr: npt.NDArray[np.int32],
-    sample_rows: tuple[int, ...],
     score_rows: tuple[int, ...],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the tokens whose hidden states are needed, and for each score which of those for scores it needs."""
-    sampled = np.array([qo_indptr[i + 1] - 1 for i in sample_rows], dtype=np.int64)
+    sampled = np.array(
+        [
+            end - 1 - later
+            for row, end in zip(rows, qo_indptr[1:].tolist(), strict=True)
+            if row.sample is not None
+            for later in range(row.draft, -1, -1)
+        ],
+        dtype=np.int64,
+    )
     scored = [np.zeros(0, dtype=np.int64)]
     for i in score_rows:
         at = rows[i].score_at

@@ -7,7 +7,7 @@ A stream of MessagePack arrays, one per event, in the order they took effect::
     ["request", t, identity, [frames]]             as received, without the identity frame
     ["tick", t]                                    deadlines were looked at
     ["compiled", [kind, source, before], error]    a grammar was compiled, or refused: null or [kind, message]
-    ["step", plan digest, [result of each row]]    token, logprob, top, scores
+    ["step", plan digest, [result of each row]]    token, logprob, top, scores, and the results after a draft, if any
 
 It holds prompts and results: it is written only when asked for, with mode 0600, and appended to, never rewritten.
 """
@@ -112,7 +112,7 @@ def plan_digest(batch: Batch) -> bytes:
     for copy in batch.copies:
         digest.update(f"copy {copy.source} {copy.target} {copy.num_slots};".encode())
     for row in batch.rows:
-        digest.update(f"row {row.start} {len(row.token_ids)} {len(row.pages)};".encode())
+        digest.update(f"row {row.start} {len(row.token_ids)} {row.draft} {len(row.pages)};".encode())
         digest.update(np.ascontiguousarray(row.token_ids).tobytes())
         digest.update(np.ascontiguousarray(row.pages).tobytes())
         for array in (
@@ -129,12 +129,15 @@ def plan_digest(batch: Batch) -> bytes:
 def _packed(result: RowResult) -> list[Any]:
     scores = None if result.score_logprobs is None else result.score_logprobs.tolist()
     fields = [result.token, result.logprob, [list(pair) for pair in result.top], scores]
+    if result.further:
+        return [*fields, result.entropy, [_packed(drawn) for drawn in result.further]]
     return fields if result.entropy is None else [*fields, result.entropy]
 
 
 def unpacked(fields: list[Any]) -> RowResult:
     """Return the row's result that `Journal.step` wrote."""
-    token, logprob, top, scores, *entropy = fields
+    token, logprob, top, scores, *more = fields
     pairs = tuple((float(value), int(other)) for value, other in top)
     values = None if scores is None else np.array(scores, dtype=np.float64)
-    return RowResult(token, logprob, pairs, values, *entropy)
+    further = tuple(unpacked(drawn) for drawn in more[1]) if len(more) > 1 else ()
+    return RowResult(token, logprob, pairs, values, more[0] if more else None, further)

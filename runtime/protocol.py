@@ -420,7 +420,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """What one operation cost. prompt_tokens = cached_tokens + computed_tokens.
 
     cached_tokens were already in the radix cache; computed_tokens had their KV computed for this operation;
-    completion_tokens were sampled, or forced by a grammar: forced_tokens of them. Times in milliseconds
+    completion_tokens were sampled, or forced by a grammar: forced_tokens of them. drafted_tokens were computed before
+    they were drawn, accepted_tokens of them came true. Times in milliseconds
     since the operation arrived: queue_ms until it was first scheduled, ttft_ms until its first token, latency_ms until
     its end.
     """
@@ -430,6 +431,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens: int = 0
     completion_tokens: int = 0
     forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     queue_ms: float = 0.0
     ttft_ms: float = 0.0
     latency_ms: float = 0.0

@@ -28,6 +28,7 @@ from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import ProtocolError, RequestError, decode_request
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.session import Session
+from bough.runtime.speculation import Speculator
 from bough.runtime.text.chat import load_chat_template
 from bough.runtime.text.tokenizer import load_tokenizer
 
@@ -110,6 +111,7 @@ class Replay:
             token_budget=config.token_budget,
             max_running=config.max_running,
             policy=config.schedule_policy,
+            speculator=Speculator(start["context_len"]) if config.speculate else None,
             clock=self._clock,
         )
         prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), start["model"])

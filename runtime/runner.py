@@ -117,11 +117,15 @@ class Runner:
     def _draw(self, logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[sampler.Draw]:
         return sampler.sample(logits, requests, self._masks)
 
-    def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, sampler.Draw]:
-        requests = [request for row in batch.rows if (request := row.sample) is not None]
+    def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, list[sampler.Draw]]:
+        requests = [request for row in batch.rows for request in row.draws()]
         if not requests:
             return {}
-        return dict(zip(inputs.sample_rows, self._draw(self.model.logits(hidden), requests), strict=True))
+        draws: dict[int, list[sampler.Draw]] = {}
+        drawn = self._draw(self.model.logits(hidden), requests)
+        for i, draw in zip(inputs.sample_rows, drawn, strict=True):
+            draws.setdefault(i, []).append(draw)
+        return draws
 
     def _score(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, npt.NDArray[np.float64]]:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
@@ -137,12 +141,21 @@ class Runner:
         return dict(zip(inputs.score_rows, np.split(np.concatenate(parts), ends[:-1]), strict=True))
 
 
-def _result(row: Row, draw: sampler.Draw | None, scores: npt.NDArray[np.float64] | None) -> RowResult:
+def _result(row: Row, draws: list[sampler.Draw] | None, scores: npt.NDArray[np.float64] | None) -> RowResult:
     if scores is None and row.score_ids is not None:
         scores = np.zeros(0)
-    if draw is None:
+    if draws is None:
         return RowResult(score_logprobs=scores)
-    return RowResult(draw.token, draw.logprob, draw.top, scores, draw.entropy)
+    drafted = row.token_ids[len(row.token_ids) - row.draft :].tolist()
+    num_true = next((i for i, token in enumerate(drafted) if draws[i].token != token), row.draft)
+    further = tuple(_drawn(draw) for draw in draws[1 : 1 + num_true])
+    return _drawn(draws[0], scores, further)
+
+
+def _drawn(
+    draw: sampler.Draw, scores: npt.NDArray[np.float64] | None = None, further: tuple[RowResult, ...] = ()
+) -> RowResult:
+    return RowResult(draw.token, draw.logprob, draw.top, scores, draw.entropy, further)
 
 
 def attention_of(

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from itertools import chain
 
 import msgspec
+import numpy as np
 
 from bough.runtime.batch import Batch, PageCopy, RowResult
-from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.cache.prefix_cache import Lease, PrefixCache
 from bough.runtime.lifecycle import Status
 from bough.runtime.policies import POLICIES
 from bough.runtime.protocol import RequestError
 from bough.runtime.sequence import Sequence
-from bough.runtime.vector import common_prefix
+from bough.runtime.speculation import Speculator
+from bough.runtime.vector import IntArray, common_prefix
 
 # What was used in this many steps is not evicted to admit another sequence while anything runs: a program's next
 # request arrives a step or so after its last result, and what waits is matched, and so used, when the queue is ranked.
@@ -43,8 +45,8 @@ class Step(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """What a step did for one sequence.
 
-    tokens: what was appended to it, the token drawn (`result.token`) and those that a grammar forced after it. error:
-    why nothing could be appended.
+    tokens: what was appended to it, the token drawn (`result.token`) and those that a grammar forced after it, or those
+    drawn after a draft that came true (`result.further`). error: why nothing could be appended.
     """
 
     sequence: Sequence
@@ -65,12 +67,15 @@ class Counters:
     steps: int = 0
     preemptions: int = 0
     rebuilds: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
     """Owns the sequences and, through the cache, the pages. One caller, one thread.
 
     usual_len: tokens that a generation is expected to have, the first value of a moving mean.
+    speculator: makes drafts, or None for plain decoding.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Scheduler:
         max_running: int,
         policy: str = "lpm",
         usual_len: float = 256.0,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
@@ -97,6 +103,7 @@ class Scheduler:
         self._arrivals = 0
         self._clocks: deque[int] = deque(maxlen=KEPT_STEPS)  # the tree's clock at the last plans
         self._usual_len = usual_len
+        self._speculator = speculator
 
     # ------------------------------------------------------------------------------------------ queue
 
@@ -176,8 +183,10 @@ class Scheduler:
             self._admit(budget, rows, copies)
         if not rows:
             return None
+        drafts = self._drafts(rows)
         self.cache.allocator.begin_step()
-        batch = Batch(tuple(s.row(num_new, self.cache.page_size) for s, num_new in rows.items()), tuple(copies))
+        size = self.cache.page_size
+        batch = Batch(tuple(s.row(num_new, size, drafts.get(s)) for s, num_new in rows.items()), tuple(copies))
         return Step(batch, tuple(rows))
 
     def _can_decode(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
@@ -191,6 +200,41 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
+
+    def _drafts(self, rows: dict[Sequence, int]) -> dict[Sequence, IntArray]:
+        """Make drafts with what the step leaves of the budget, in pages that are free."""
+        drafts: dict[Sequence, IntArray] = {}
+        if self._speculator is None:
+            return drafts
+        spare = min(self._token_budget, self._speculator.most_tokens) - sum(rows.values())
+        for sequence in rows:
+            if spare > 0 and sequence.is_drawing and (allowed := sequence.pace.allowed()):
+                draft = self._draft(self._speculator, sequence, min(spare, allowed))
+                if len(draft):
+                    drafts[sequence] = draft
+                    spare -= len(draft)
+        return drafts
+
+    def _draft(self, speculator: Speculator, sequence: Sequence, most: int) -> IntArray:
+        """Return a draft that has slots; no page is taken from anyone for it."""
+        lease, params = sequence.lease, sequence.params
+        assert lease is not None, "what is planned has pages"
+        assert params is not None, "only a generation draws"
+        length = len(sequence.tokens)
+        # The last draw needs no slot, and no draw may be one too many.
+        to_end = min(params.max_tokens - len(sequence.generated), speculator.context_len - length) - 1
+        slots = (len(lease.row) + self.cache.allocator.num_free) * self.cache.page_size - length
+        count = min(most, to_end, slots)
+        if count < 1:
+            return np.empty(0, dtype=np.int32)
+        tokens = sequence.tokens.view()
+        cached = self.cache.continuation(lease, tokens, count)
+        draft = speculator.draft(sequence.namespace, tokens, cached, count)
+        if not len(draft):
+            sequence.pace.missed()
+        elif not self.cache.reserve(lease, length + len(draft)):
+            return draft[:0]
+        return draft
 
     def _victim(self, planned: dict[Sequence, int]) -> Sequence:
         """The sequence to preempt: one that is paused, else the newest, never one that is planned already."""
@@ -338,11 +382,21 @@ class Scheduler:
         for sequence, row, result in zip(step.sequences, step.batch.rows, results, strict=True):
             assert sequence.lease is not None, "a sequence that was planned has lost its pages"
             was_prefilling = sequence.is_prefilling
-            sequence.num_computed += len(row.token_ids)
-            if was_prefilling or sequence.num_computed % self.cache.page_size == 0:
-                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
+            page = sequence.num_computed // self.cache.page_size
+            sequence.num_computed += len(row.token_ids) - row.draft + len(result.further)
             outcomes.append(self._appended(sequence, result))
+            if row.draft:
+                self._settle_draft(sequence, sequence.lease, row.draft, len(result.further))
+            if was_prefilling or sequence.num_computed // self.cache.page_size > page:
+                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
         return outcomes
+
+    def _settle_draft(self, sequence: Sequence, lease: Lease, drafted: int, accepted: int) -> None:
+        """Give back the pages that only what was rejected needed."""
+        sequence.pace.record(drafted, accepted)
+        self.counters.drafted_tokens += drafted
+        self.counters.accepted_tokens += accepted
+        self.cache.trim(lease, len(sequence.tokens))
 
     def _appended(self, sequence: Sequence, result: RowResult) -> Outcome:
         if result.token is None:
@@ -351,7 +405,12 @@ class Scheduler:
             tokens = sequence.append(result.token)
         except RequestError as error:
             return Outcome(sequence, result, error=error)
+        for drawn in result.further:
+            assert drawn.token is not None, "what is drawn is a token"
+            tokens += sequence.append(drawn.token)
         self.counters.generated_tokens += len(tokens)
+        if self._speculator is not None:
+            self._speculator.learn(sequence.namespace, sequence.tokens.view(), len(tokens))
         return Outcome(sequence, result, tokens)
 
     def rebuild(self) -> None:

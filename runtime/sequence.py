@@ -11,6 +11,7 @@ from bough.runtime.cache.prefix_cache import Lease
 from bough.runtime.grammar.constraint import Constraint
 from bough.runtime.lifecycle import Status, moved
 from bough.runtime.protocol import SamplingParams
+from bough.runtime.speculation import Pace
 from bough.runtime.trie import ROOT, TokenTrie, segments
 from bough.runtime.vector import IntArray, IntVector
 
@@ -34,7 +35,7 @@ class Sequence:
     it is prefilling, what it computes is its prompt or was lost to a preemption; above, it is the token drawn last.
     num_lost: how many tokens were computed when it was preempted last. room: slots for a trie's nodes.
     constraint: what may be drawn; what it forces at the beginning follows the prompt at once. num_jumped: how many
-    tokens at the end were forced, not drawn.
+    tokens at the end were forced, not drawn. pace: how drafts of what it draws next have done.
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class Sequence:
         "num_jumped",
         "num_lost",
         "num_preemptions",
+        "pace",
         "params",
         "prefill_until",
         "prompt_len",
@@ -103,6 +105,7 @@ class Sequence:
         self.computed_tokens = 0
         self.num_preemptions = 0
         self.num_lost = 0
+        self.pace = Pace()
 
     @property
     def status(self) -> Status:
@@ -178,17 +181,30 @@ class Sequence:
         """The tokens drawn so far."""
         return self.tokens.view(self.prompt_len)
 
-    def row(self, num_new: int, page_size: int) -> Row:
-        """Return this sequence's share of a step that computes `num_new` tokens."""
+    @property
+    def is_drawing(self) -> bool:
+        """Whether the next step computes the token drawn last and draws the next, with nothing that decides both."""
+        return (
+            self.params is not None
+            and self.constraint is None
+            and not self.is_prefilling
+            and self.num_computed == self.goal - 1 >= self.prompt_len
+        )
+
+    def row(self, num_new: int, page_size: int, draft: IntArray | None = None) -> Row:
+        """Return this sequence's share of a step that computes `num_new` tokens, and those of a draft after them."""
         assert self.lease is not None, "a sequence without a lease cannot run"
         start, stop = self.num_computed, self.num_computed + num_new
         if self.trie is not None:
             return self._score_row(self.trie, self.lease, start, stop, page_size)
+        token_ids = self.tokens.view(start, stop)
+        num_draft = 0 if draft is None else len(draft)
         return Row(
-            token_ids=self.tokens.view(start, stop).copy(),
+            token_ids=token_ids.copy() if draft is None else np.concatenate([token_ids, draft]),
             start=start,
-            pages=self.lease.row.view(0, -(-stop // page_size)),
+            pages=self.lease.row.view(0, -(-(stop + num_draft) // page_size)),
             sample=self._sample_request() if stop == self.goal else None,
+            draft=num_draft,
         )
 
     def _score_row(self, trie: TokenTrie, lease: Lease, start: int, stop: int, page_size: int) -> Row:

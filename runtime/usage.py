@@ -20,6 +20,8 @@ def usage_of(
         computed_tokens=sum(s.computed_tokens for s in sequences),
         completion_tokens=num_drawn,
         forced_tokens=sum(s.constraint.num_forced for s in sequences if s.constraint is not None),
+        drafted_tokens=sum(s.pace.drafted for s in sequences),
+        accepted_tokens=sum(s.pace.accepted for s in sequences),
         queue_ms=_ms(operation, min(admitted) if admitted else now),
         ttft_ms=_ms(operation, now if first_at is None else first_at),
         latency_ms=_ms(operation, now),

@@ -91,6 +91,7 @@ class Generation:
         return self._take_all(tokens, result)
 
     def _take_all(self, tokens: Items[int], result: RowResult | None) -> bool:
+        draws = () if result is None else (result, *result.further)
         for index, token in enumerate(tokens):
             if self._num_same == self.kept < len(self._taken) and token == self._taken[self.kept]:
                 self._num_same += 1
@@ -98,8 +99,8 @@ class Generation:
                 self._decoder.feed(token)
                 continue
             if self._params.logprobs is not None:
-                is_drawn = index == 0 and result is not None and result.token == token
-                self._logprobs.append(self._logprob(token, result if is_drawn else None))
+                is_drawn = index < len(draws) and draws[index].token == token
+                self._logprobs.append(self._logprob(token, draws[index] if is_drawn else None))
             if self._take_one(token):
                 return True
         if self._grammar is None or not self._grammar.is_ended:

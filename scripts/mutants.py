@@ -162,7 +162,7 @@ MUTANTS = (
     Mutant(
         "nothing is published before the end",
         SCHEDULER,
-        "            if was_prefilling or sequence.num_computed % self",
+        "            if was_prefilling or sequence.num_computed // self",
         "            if False and self",
     ),
     Mutant(
@@ -208,6 +208,14 @@ MUTANTS = (
         "self.running.insert(position, sequence)",
         "self.running.append(sequence)",
     ),
+    Mutant(
+        "a rejected draft counts as computed",
+        SCHEDULER,
+        "len(row.token_ids) - row.draft + len(result.further)",
+        "len(row.token_ids)",
+    ),
+    Mutant("a draft's pages are kept", SCHEDULER, "        self.cache.trim(lease, len(sequence.tokens))\n", ""),
+    Mutant("a draft may go beyond the end", SCHEDULER, "count = min(most, to_end, slots)", "count = min(most, slots)"),
     Mutant(
         "a hit is counted as computed",
         SCHEDULER,

@@ -121,6 +121,17 @@ class PrefixCache:
         lease.row.extend(fresh)
         return True
 
+    def continuation(self, lease: Lease, tokens: IntArray, count: int) -> IntArray:
+        """Return up to `count` tokens that the tree has after `tokens`, which begin with the lease's published ones."""
+        return self.tree.continuation(lease.node, tokens, count)
+
+    def trim(self, lease: Lease, num_tokens: int) -> None:
+        """Give back the pages of the row that `num_tokens` tokens do not need; nothing in them is published."""
+        needed = self.num_pages_for(num_tokens)
+        if needed < len(lease.row):
+            self.allocator.release(lease.row.view(needed))
+            lease.row.truncate(needed)
+
     def publish(self, lease: Lease, tokens: IntArray) -> None:
         """Put `tokens`, whose KV the row holds, into the tree and move the lease's lock to their end."""
         if not self.enabled or len(tokens) <= lease.node.end:

@@ -99,6 +99,29 @@ class RadixTree:
                 break
         return Match(root, tuple(path), position)
 
+    def continuation(self, node: Node, tokens: IntArray, count: int) -> IntArray:
+        """Return up to `count` tokens that follow `tokens`, which spell the path to `node` and go on from there.
+
+        Where several go on, what was used last; empty if none does. Changes nothing, no time of use either.
+        """
+        position = node.end
+        found: list[IntArray] = []
+        while count > 0 and node.children:
+            if position < len(tokens):
+                child = node.children.get(int(tokens[position]))
+            else:
+                child = max(node.children.values(), key=lambda other: other.last_use)
+            if child is None:
+                break
+            common = common_prefix(child.tokens, tokens[position:])
+            if common < min(len(child.tokens), len(tokens) - position):
+                break
+            rest = child.tokens[common : common + count]
+            found.append(rest)
+            count -= len(rest)
+            node, position = child, child.end
+        return np.concatenate(found) if found else _EMPTY
+
     def num_cached_pages(self) -> int:
         """Count the pages that some node names."""
         return int(np.count_nonzero(self._held))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from bough.runtime.protocol import SamplingParams
 from bough.runtime.runner import Runner, load_runner
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
+from bough.runtime.speculation import Speculator
 from bough.runtime.vector import IntArray
 
 PAGE_SIZE = 8
@@ -47,16 +49,19 @@ def runner(mode: str) -> Runner:
 class Machine:
     """A runtime without its wire: a fresh cache over the one model."""
 
-    def __init__(self, dtype: str, *, budget: int = 256) -> None:
+    def __init__(self, dtype: str, *, budget: int = 256, speculator: Speculator | None = None) -> None:
         self.runner = runner(dtype)
         self.runner.pool.poison(range(NUM_PAGES))
         self.cache = PrefixCache(NUM_PAGES, PAGE_SIZE)
-        self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=16)
+        self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=16, speculator=speculator)
         self.draws: dict[Sequence, Draws] = {}
 
-    def submit(self, prompt: IntArray, seed: int = 7, num_tokens: int = NUM_TOKENS) -> Sequence:
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.8, top_p=0.9, logprobs=2, ignore_eos=True)
-        sequence = Sequence(prompt, params=params, seed=seed)
+    def submit(
+        self, prompt: IntArray, seed: int = 7, num_tokens: int = NUM_TOKENS, params: SamplingParams = PARAMS
+    ) -> Sequence:
+        params = msgspec.structs.replace(params, max_tokens=num_tokens)
+        early = params.stop_token_ids if params.min_tokens else ()
+        sequence = Sequence(prompt, params=params, seed=seed, forbidden_early=early)
         self.draws[sequence] = []
         self.scheduler.submit(sequence)
         return sequence
@@ -69,7 +74,7 @@ class Machine:
         for outcome in self.scheduler.commit(step, self.runner.execute(step.batch)):
             sequence, result = outcome.sequence, outcome.result
             if result.token is not None:
-                self.draws[sequence].append((result.token, result.logprob, result.top))
+                self.draws[sequence] += [(r.token, r.logprob, r.top) for r in (result, *result.further)]
                 assert sequence.params is not None
                 if len(sequence.generated) == sequence.params.max_tokens:
                     self.scheduler.finish(sequence)
@@ -85,7 +90,7 @@ class Machine:
             step += 1
             assert step < 2000
 
-    def draw(self, prompt: IntArray, **options: int) -> Draws:
+    def draw(self, prompt: IntArray, **options: Any) -> Draws:
         sequence = self.submit(prompt, **options)
         self.run()
         return self.draws[sequence]
@@ -213,3 +218,81 @@ def test_reopened_in_a_new_runtime_equals_never_interrupted(dtype: str, kept: in
     machine.run()
     assert reopened.cached_tokens == 0
     assert machine.draws[reopened] == first[kept:]
+
+
+class Prophet(Speculator):
+    """Knows what will be drawn after the prompt, but every `wrong`-th token it says is another."""
+
+    def __init__(self, prompt: IntArray, draws: Draws, wrong: int) -> None:
+        super().__init__(context_len=1000)
+        self.prompt = prompt
+        self.drawn = [token for token, _, _ in draws if token is not None]
+        self.wrong = wrong
+
+    def draft(self, namespace: object, tokens: IntArray, cached: IntArray, count: int) -> IntArray:
+        if tokens[: len(self.prompt)].tolist() != self.prompt.tolist():
+            return cached[:0]
+        begin = len(tokens) - len(self.prompt)
+        said = enumerate(self.drawn[begin : begin + count], begin)
+        return np.array([token ^ (i % self.wrong == self.wrong - 1) for i, token in said], dtype=np.int32)
+
+
+SPECULATED = [
+    PARAMS,
+    SamplingParams(temperature=0.0, logprobs=2, ignore_eos=True),
+    SamplingParams(temperature=1.0, top_k=40, min_p=0.01, frequency_penalty=0.5, repetition_penalty=1.3, logprobs=0),
+    SamplingParams(temperature=0.9, min_tokens=17, stop_token_ids=tuple(range(0, 100, 2)), ignore_eos=True, logprobs=1),
+]
+
+
+@pytest.mark.parametrize("params", SPECULATED, ids=["sampled", "greedy", "penalised", "min_tokens"])
+@pytest.mark.parametrize("wrong", [2, 5, 99])
+def test_speculated_equals_plain(dtype: str, params: SamplingParams, wrong: int) -> None:
+    plain = Machine(dtype).draw(PROMPT, params=params)
+    machine = Machine(dtype, speculator=Prophet(PROMPT, plain, wrong))
+    strangers = [machine.submit(random_ids(9 + 20 * i, seed=60 + i), seed=i, num_tokens=12) for i in range(3)]
+    ours = machine.submit(PROMPT, params=params)
+    machine.run()
+    counters = machine.scheduler.counters
+    assert counters.accepted_tokens > 0
+    assert (counters.accepted_tokens < counters.drafted_tokens) == (wrong != 99)
+    assert machine.draws[ours] == plain
+    assert all(len(machine.draws[stranger]) == 12 for stranger in strangers)
+    machine.scheduler.check_invariants()
+    machine.cache.flush()
+    assert machine.cache.allocator.num_free == NUM_PAGES
+
+
+def test_what_was_speculated_serves_others_like_what_was_drawn(dtype: str) -> None:
+    machine = Machine(dtype, speculator=Prophet(PROMPT, cold(dtype), wrong=4))
+    machine.draw(PROMPT)
+    assert machine.scheduler.counters.accepted_tokens < machine.scheduler.counters.drafted_tokens
+    drawn = [token for token, _, _ in cold(dtype)[:19]]
+    after = machine.submit(np.concatenate([PROMPT, drawn]).astype(np.int32), num_tokens=NUM_TOKENS - 19)
+    machine.run()
+    assert after.cached_tokens == len(PROMPT) + 18
+    assert machine.draws[after] == cold(dtype)[19:]
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_preempted_while_speculating_equals_undisturbed(dtype: str, every: int) -> None:
+    machine = Machine(dtype, speculator=Prophet(PROMPT, cold(dtype), wrong=3))
+    ours = machine.submit(PROMPT)
+
+    def disturb(step: int) -> None:
+        if step % every == 0 and ours in machine.scheduler.running:
+            machine.scheduler.preempt(ours)
+            machine.cache.flush()
+
+    machine.run(disturb)
+    assert ours.num_preemptions > 2
+    assert 0 < machine.scheduler.counters.accepted_tokens < machine.scheduler.counters.drafted_tokens
+    assert machine.draws[ours] == cold(dtype)
+
+
+def test_the_same_again_is_drafted_from_the_tree(dtype: str) -> None:
+    machine = Machine(dtype, speculator=Speculator(1000))
+    assert machine.draw(PROMPT) == cold(dtype)
+    steps = machine.scheduler.counters.steps
+    assert machine.draw(PROMPT) == cold(dtype)
+    assert machine.scheduler.counters.steps - steps < NUM_TOKENS // 3

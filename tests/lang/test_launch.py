@@ -108,7 +108,7 @@ def test_options_reach_the_process_and_a_path_is_made_absolute(stand_in: Any, tm
     relative = os.path.relpath(tmp_path / "model")
     with bo.Runtime(model_path=relative, dtype="float32", device="cpu", page_size=8, max_total_tokens=4096,
                     token_budget=64, max_running=4, schedule_policy="fcfs", radix_cache=False, seed=0,
-                    exact=True, log_level="info") as runtime:  # fmt: skip
+                    exact=True, speculate=True, log_level="info") as runtime:  # fmt: skip
         argv = (tmp_path / "argv").read_text().split("\n")
         assert runtime.address in argv
     assert argv[0] == str(tmp_path / "model")
@@ -120,14 +120,15 @@ def test_options_reach_the_process_and_a_path_is_made_absolute(stand_in: Any, tm
     assert {name: given[name] for name in expected} == expected
     assert "--no-radix-cache" in argv
     assert "--exact" in argv
+    assert "--speculate" in argv
 
 
 def test_only_what_was_asked_for_is_passed_on() -> None:
     defaults: dict[str, Any] = dict.fromkeys(
         ("dtype", "device", "max_total_tokens", "token_budget", "max_running", "seed")
     )
-    given: dict[str, Any] = {"schedule_policy": "lpm", "radix_cache": True, "exact": False, "log_level": "warning"}
-    options = runtime_options(**defaults, **given, page_size=16)
+    given: dict[str, Any] = {"schedule_policy": "lpm", "radix_cache": True, "log_level": "warning"}
+    options = runtime_options(**defaults, **given, exact=False, speculate=False, page_size=16)
     assert options == ["--schedule-policy", "lpm", "--log-level", "warning", "--page-size", "16"]
 
 
@@ -145,6 +146,7 @@ def test_only_what_was_asked_for_is_passed_on() -> None:
         ({"log_level": "loud"}, "log_level must be one of"),
         ({"radix_cache": 1}, "radix_cache must be True or False"),
         ({"exact": 1}, "exact must be True or False"),
+        ({"speculate": 1}, "speculate must be True or False"),
         ({"restart": "always"}, "restart must be True or False"),
         ({"start_timeout": 0}, "start_timeout must be"),
         ({"model": ""}, "model must be"),

@@ -75,6 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_branches=st.sampled_from([6, 24, 24]),
         max_waiting=st.sampled_from([3, 64, 64, 64]),
         radix_cache=st.sampled_from([True, True, True, False]),
+        speculate=st.booleans(),
     )
     def start(
         self,
@@ -86,6 +87,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_branches: int,
         max_waiting: int,
         radix_cache: bool,
+        speculate: bool,
     ) -> None:
         self.world = World(
             num_pages=max(2, tokens // page_size),
@@ -98,6 +100,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_branches=max_branches,
             max_waiting=max_waiting,
             radix_cache=radix_cache,
+            speculate=speculate,
             credit=4,
         )
         self.next_branch = 1
@@ -401,11 +404,13 @@ MUST_SEE = {
     "preemption": 20,
     "copy on write": 50,
     "shrink": 20,
+    "draft that came true": 20,
+    "draft that did not": 20,
     "death": 10,
     "delta": 300,
     "finished by length": 150,
     "finished by stop": 20,
-    "finished by choice": 100,
+    "finished by choice": 80,
     "trie in less room than it has nodes": 10,
     "forced by a grammar": 50,
     "failed: cancelled": 30,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ from bough.runtime.protocol import (
 from bough.runtime.replay import Diverged, breaks_an_invariant, replay, shrink
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.session import Session
+from bough.runtime.speculation import Speculator
 from bough.runtime.text.chat import load_chat_template
 from bough.runtime.text.tokenizer import load_tokenizer
 
@@ -48,12 +50,13 @@ CONFIG = RuntimeConfig(token_budget=12, max_running=3)
 PAGES, PAGE_SIZE, CONTEXT_LEN, SEED = 24, 4, 200, 5
 
 
-def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0) -> list[str]:
+def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0, speculate: bool = False) -> list[str]:
     """Run `requests` on a journalled engine with a fake model, some steps between them; return the texts."""
     tokenizer, clock = load_tokenizer(resolve_model("pocket")), FakeClock()
     grammars = GrammarCompiler(Vocabulary(tokenizer, tokenizer.vocab_size), is_deferred=True)
     cache = PrefixCache(PAGES, PAGE_SIZE)
-    scheduler = Scheduler(cache, token_budget=12, max_running=3, clock=clock)
+    speculator = Speculator(CONTEXT_LEN) if speculate else None
+    scheduler = Scheduler(cache, token_budget=12, max_running=3, clock=clock, speculator=speculator)
     composer = Composer(
         Prompter(tokenizer, load_chat_template(resolve_model("pocket")), "pocket"),
         vocab_size=tokenizer.vocab_size,
@@ -67,7 +70,7 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0) 
     with Journal(path) as journal:
         facts = {"model": "pocket", "version": "0", "seed": SEED, "epoch": 1, "page_size": PAGE_SIZE}
         sizes = {"num_pages": PAGES, "vocab_size": tokenizer.vocab_size, "context_len": CONTEXT_LEN}
-        journal.start(CONFIG, **facts, **sizes)
+        journal.start(dataclasses.replace(CONFIG, speculate=speculate), **facts, **sizes)
         journal.hello(0.0, b"me", "local", "test")
         in_flight = InFlight(scheduler, RecordingExecutor(runner, journal), credit=CONFIG.credit, clock=clock)
         on_compiled = journal.compiled
@@ -115,6 +118,32 @@ def test_a_replay_plans_every_step_as_it_was(tmp_path: Path) -> None:
     steps = sum(event[0] == "step" for event in read_events(tmp_path / "log"))
     assert steps > 10
     assert replay(tmp_path / "log") == steps
+
+
+def test_a_replay_drafts_what_was_drafted(tmp_path: Path) -> None:
+    texts = [
+        record(tmp_path / str(speculate), [*program(), *again()], speculate=speculate) for speculate in (False, True)
+    ]
+    assert texts[0][-1] == texts[1][-1] == texts[0][texts[0].index(texts[0][-1])]
+    steps = [[event for event in read_events(tmp_path / name) if event[0] == "step"] for name in ("False", "True")]
+    assert sum(len(result) > 4 for _, _, results in steps[1] for result in results) > 1, "no draft came true"
+    assert len(steps[1]) < len(steps[0])
+    assert replay(tmp_path / "True") == len(steps[1])
+
+
+def again() -> list[Request]:
+    """The same prompt and the same generation once more, for the tree to know."""
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    twice = [(50, 51, 52), (60, 61, 62)]
+    return [
+        request
+        for opened, extended, generated in twice
+        for request in (
+            Open(op=opened, branch=opened),
+            Extend(op=extended, branch=opened, parts=[Text("A prompt that is said twice.")]),
+            Generate(op=generated, branch=opened, params=params),
+        )
+    ]
 
 
 def test_a_replay_compiles_grammars_when_they_were_compiled(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from bough.runtime.lifecycle import Status
 from bough.runtime.protocol import RequestError, SamplingParams
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
+from bough.runtime.speculation import Speculator
 from bough.runtime.trie import TokenTrie
 
 
@@ -29,11 +30,17 @@ class Bench:
         policy: str = "lpm",
         cache: bool = True,
         usual_len: float = 256.0,
+        speculate: bool = False,
     ) -> None:
         self.cache = PrefixCache(pages, page_size, enabled=cache)
         self.runner = FakeRunner(pages, page_size)
         self.scheduler = Scheduler(
-            self.cache, token_budget=budget, max_running=max_running, policy=policy, usual_len=usual_len
+            self.cache,
+            token_budget=budget,
+            max_running=max_running,
+            policy=policy,
+            usual_len=usual_len,
+            speculator=Speculator(10_000) if speculate else None,
         )
         self.scores: dict[Sequence, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
         self.exhausted: list[Sequence] = []
@@ -76,6 +83,10 @@ class Bench:
             if is_done:
                 self.scheduler.finish(sequence)
         self.scheduler.check_invariants()
+        for sequence in self.scheduler.running:
+            assert sequence.lease is not None
+            pages = self.cache.num_pages_for(sequence.num_slots)
+            assert len(sequence.lease.row) <= pages, "a row keeps pages that its tokens do not need"
         return True
 
     def run(self, limit: int = 2000) -> int:
@@ -105,6 +116,7 @@ PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=14)
     spare=st.integers(0, 12),
     policy=st.sampled_from(["lpm", "fcfs"]),
     cache=st.booleans(),
+    speculate=st.booleans(),
 )
 def test_every_schedule_gives_the_same_tokens_and_returns_every_page(
     work: list[tuple[list[int], int]],
@@ -114,10 +126,19 @@ def test_every_schedule_gives_the_same_tokens_and_returns_every_page(
     spare: int,
     policy: str,
     cache: bool,
+    speculate: bool,
 ) -> None:
     largest = max(len(prompt) + num_tokens for prompt, num_tokens in work)
     pages = -(-largest // page_size) + spare  # the smallest pool that can serve the largest, or a little more
-    bench = Bench(pages=pages, page_size=page_size, budget=budget, max_running=max_running, policy=policy, cache=cache)
+    bench = Bench(
+        pages=pages,
+        page_size=page_size,
+        budget=budget,
+        max_running=max_running,
+        policy=policy,
+        cache=cache,
+        speculate=speculate,
+    )
     sequences = [bench.generate(prompt, num_tokens) for prompt, num_tokens in work]
     bench.run()
     assert not bench.exhausted
@@ -147,6 +168,31 @@ def test_what_was_preempted_takes_its_old_place_again() -> None:
     assert bench.scheduler.running == [second]
     bench.step()
     assert bench.scheduler.running == [first, second], "the youngest is to be preempted next, not the one that just was"
+
+
+def test_what_was_generated_before_comes_in_fewer_steps() -> None:
+    bench = Bench(budget=64, speculate=True)
+    prompt = [1, 2, 3, 4, 5]
+    bench.generate(prompt, 20)
+    assert bench.run() == 20
+    again = bench.generate(prompt, 20)
+    assert bench.run() <= 6
+    assert again.generated.tolist() == expected(prompt, 20)
+    counters = bench.scheduler.counters
+    assert again.pace.accepted == counters.accepted_tokens > 12
+    assert counters.generated_tokens == 40
+
+
+def test_a_draft_takes_no_page_from_anyone() -> None:
+    bench = Bench(pages=9, page_size=2, budget=64, speculate=True)
+    bench.generate([1, 1, 1], 6)
+    bench.run()
+    held = bench.generate([2] * 9, 5)
+    again = bench.generate([1, 1, 1], 6)
+    bench.run()
+    assert again.generated.tolist() == expected([1, 1, 1], 6)
+    assert held.generated.tolist() == expected([2] * 9, 5)
+    assert bench.scheduler.counters.preemptions == 0
 
 
 def test_a_second_identical_prompt_computes_only_its_last_token() -> None:

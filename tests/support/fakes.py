@@ -101,15 +101,24 @@ class FakeRunner:
         assert FREED not in ids, "a row reads a slot that nobody wrote"
         if row.sample is None:
             return RowResult(score_logprobs=scores)
-        assert row.sample.position == stop
+        context = flat[paths[-1]].tolist()
+        drawn: list[RowResult] = []
+        for left, request in zip(range(row.draft, -1, -1), row.draws(), strict=True):
+            assert request.position == stop - left
+            known = context[: len(context) - left]
+            if drawn and drawn[-1].token != known[-1]:
+                break
+            token = self.draw(known, request)
+            drawn.append(RowResult(token, -0.5 if request.params.logprobs is not None else None))
+        return RowResult(drawn[0].token, drawn[0].logprob, (), scores, None, tuple(drawn[1:]))
+
+    def draw(self, ids: list[int], request: SampleRequest) -> int:
+        """The token that follows `ids`."""
         token = next_token(ids, self.vocab_size)
-        if row.sample.constraint is not None:
-            allowed = allowed_ids(row.sample, self.vocab_size)
-            token = allowed[token % len(allowed)]
-        elif token in row.sample.forbidden:
-            token = next_token([*ids, token], self.vocab_size)
-        has_logprob = row.sample.params.logprobs is not None
-        return RowResult(token=token, logprob=-0.5 if has_logprob else None, score_logprobs=scores)
+        if request.constraint is not None:
+            allowed = allowed_ids(request, self.vocab_size)
+            return allowed[token % len(allowed)]
+        return next_token([*ids, token], self.vocab_size) if token in request.forbidden else token
 
 
 class FakeClock:

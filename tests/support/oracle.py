@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from fakes import FREED, FakeClock, FakeRunner, allowed_ids, logprob
 
-from bough.runtime.batch import Batch, Row, RowResult
+from bough.runtime.batch import Batch, RowResult, SampleRequest
 from bough.runtime.cache.prefix_cache import Lease, PrefixCache
 from bough.runtime.cache.radix_tree import Node
 from bough.runtime.choices import best, distribution, score_choices
@@ -71,6 +71,7 @@ from bough.runtime.protocol import (
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence as Running
 from bough.runtime.session import Session
+from bough.runtime.speculation import Speculator
 from bough.runtime.text.chat import load_chat_template
 from bough.runtime.text.tail import TextTail
 from bough.runtime.text.tokenizer import load_tokenizer
@@ -141,14 +142,9 @@ class KVRunner(FakeRunner):
         self.batches.clear()
         return results
 
-    def _result(self, row: Row) -> RowResult:
-        result = super()._result(row)
-        if row.sample is None:
-            return result
-        ids = self.kv[row.pages].reshape(-1)[: row.start + len(row.token_ids)].tolist()
-        held = row.sample.constraint
-        allowed = None if held is None else allowed_ids(row.sample, self.vocab_size)
-        return RowResult(token=draw(ids, row.sample.forbidden, allowed), score_logprobs=result.score_logprobs)
+    def draw(self, ids: list[int], request: SampleRequest) -> int:
+        allowed = None if request.constraint is None else allowed_ids(request, self.vocab_size)
+        return draw(ids, request.forbidden, allowed)
 
     def erase(self, pages: Sequence[int]) -> None:
         """Make what was freed unreadable."""
@@ -700,6 +696,7 @@ class World:
             token_budget=self.config.token_budget,
             max_running=self.config.max_running,
             policy=self.config.schedule_policy,
+            speculator=Speculator(context_len) if self.config.speculate else None,
             clock=self.clock,
         )
         credit = self.config.credit
@@ -767,11 +764,16 @@ class World:
     def step(self) -> bool:
         """One step of the engine, with the deadlines before it."""
         before = self.scheduler.counters.preemptions, self.cache.num_evictions, self.runner.num_copies
+        drafts = self.scheduler.counters.accepted_tokens, self.scheduler.counters.drafted_tokens
         rows = [(s, s.lease, s.lease.row.view().tolist()) for s in self.scheduler.running if s.lease is not None]
         self.oracle.expire(self.clock.now)
         did_run = self.engine.step()
         self.seen["step"] += did_run
         self.seen["preemption"] += self.scheduler.counters.preemptions - before[0]
+        self.seen["draft that came true"] += self.scheduler.counters.accepted_tokens - drafts[0]
+        self.seen["draft that did not"] += (
+            self.scheduler.counters.drafted_tokens - drafts[1] > self.scheduler.counters.accepted_tokens - drafts[0]
+        )
         self.seen["eviction"] += self.cache.num_evictions - before[1]
         self.seen["copy on write"] += self.runner.num_copies - before[2]
         self.seen["twin"] += any(

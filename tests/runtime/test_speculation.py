@@ -1,0 +1,120 @@
+"""Drafts: where they come from, when they are tried, and that they change nothing but the number of steps."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.speculation import LEAST_MATCH, MOST_DRAFT, NgramTable, Pace, Speculator, repeated
+from bough.runtime.vector import IntArray
+
+IDS = st.lists(st.integers(1, 4), max_size=40)
+
+
+def ids(*tokens: int) -> IntArray:
+    return np.array(tokens, dtype=np.int32)
+
+
+def test_a_text_goes_on_as_it_did_after_its_longest_repeated_suffix() -> None:
+    text = ids(9, 1, 2, 3, 4, 5, 8, 1, 2, 3, 6, 7, 9, 1, 2, 3)
+    assert repeated(text, 2).tolist() == [4, 5], "9 1 2 3 is longer than the later 1 2 3"
+    assert repeated(text[1:], 2).tolist() == [6, 7]
+
+
+def test_two_equal_tokens_are_no_repetition() -> None:
+    assert len(repeated(ids(1, 2, 5, 6, 1, 2), 4)) == 0
+    assert len(repeated(ids(1, 2), 4)) == 0
+
+
+def test_a_text_in_circles_goes_on_in_circles() -> None:
+    assert repeated(ids(1, 2, 3, 1, 2, 3, 1), 7).tolist() == [2, 3, 1, 2, 3, 1, 2]
+
+
+@given(text=IDS, count=st.integers(0, 9))
+def test_a_repetition_is_there_exactly_when_the_last_tokens_stand_earlier(text: list[int], count: int) -> None:
+    tail = text[-LEAST_MATCH:]
+    starts = [i for i in range(len(text) - LEAST_MATCH) if text[i : i + LEAST_MATCH] == tail]
+    draft = repeated(ids(*text), count).tolist()
+    assert len(draft) == (count if starts and len(text) > LEAST_MATCH else 0)
+    if draft:
+        agreeing = [agreement(text, i + LEAST_MATCH) for i in starts]
+        best = [i for i, length in zip(starts, agreeing, strict=True) if length == max(agreeing)]
+        assert draft[0] == text[best[-1] + LEAST_MATCH]
+
+
+def agreement(text: list[int], end: int) -> int:
+    """How many tokens before `end` are those at the end of the text; 16 are enough."""
+    return max(n for n in range(min(end, 16) + 1) if text[end - n : end] == text[len(text) - n :])
+
+
+def test_what_siblings_said_is_followed_in_their_namespace_only() -> None:
+    table = NgramTable()
+    table.learn("a", ids(1, 2, 3, 4, 5))
+    assert table.follow("a", ids(7, 1, 2, 3), 9).tolist() == [4, 5]
+    assert len(table.follow("b", ids(7, 1, 2, 3), 9)) == 0
+    assert len(table.follow("a", ids(2, 3), 9)) == 0
+
+
+def test_what_was_said_long_ago_is_forgotten() -> None:
+    table = NgramTable(most=4)
+    table.learn("a", ids(1, 2, 3, 4))
+    table.learn("a", ids(*range(10, 20)))
+    assert table.follow("a", ids(1, 2, 3), 1).tolist() == [4]
+    table.learn("a", ids(*range(30, 40)))
+    assert len(table.follow("a", ids(1, 2, 3), 1)) == 0
+
+
+def test_the_tree_goes_on_after_what_is_published_and_what_is_not_yet() -> None:
+    cache = PrefixCache(32, 2)
+
+    def publish(*tokens: int) -> None:
+        lease = cache.acquire(None, ids(*tokens), len(tokens), headroom=0)
+        assert lease is not None
+        cache.publish(lease, ids(*tokens))
+        cache.release(lease)
+
+    publish(1, 2, 3, 4, 5, 6, 7)
+    publish(1, 2, 3, 4, 8, 9)
+    lease = cache.acquire(None, ids(1, 2, 3), 2, headroom=0)
+    assert lease is not None
+    cases = {(1, 2): [3, 4, 8, 9], (1, 2, 3): [4, 8, 9], (1, 2, 3, 4, 5): [6, 7], (1, 2, 3, 4): [8, 9], (1, 2, 7): []}
+    clock = cache.tree.clock
+    for tokens, expected in cases.items():
+        assert cache.continuation(lease, ids(*tokens), 9).tolist() == expected
+        assert cache.continuation(lease, ids(*tokens), 1).tolist() == expected[:1]
+    assert len(cache.continuation(lease, ids(1, 2, 3, 4, 5, 6, 7), 9)) == 0
+    assert cache.tree.clock == clock
+
+
+def test_drafts_that_come_true_grow_and_others_stop() -> None:
+    pace = Pace()
+    first = pace.allowed()
+    for _ in range(8):
+        pace.record(4, 4)
+    assert first < pace.allowed() >= MOST_DRAFT - 1
+    tried = 0
+    for _ in range(1000):
+        if allowed := pace.allowed():
+            tried += 1
+            pace.record(allowed, 0)
+    assert tried < 20, "what does not pay is tried ever more rarely"
+    while not pace.allowed():
+        pass
+    for _ in range(3):
+        pace.record(1, 1)
+    assert pace.allowed() > 1, "and again when it does"
+
+
+@settings(max_examples=50)
+@given(text=IDS, cached=IDS, count=st.integers(1, 8))
+def test_a_draft_is_never_longer_than_asked_and_the_tree_comes_first(
+    text: list[int], cached: list[int], count: int
+) -> None:
+    speculator = Speculator(100)
+    speculator.learn(None, ids(*text), len(text))
+    draft = speculator.draft(None, ids(*text), ids(*cached), count)
+    assert len(draft) <= count
+    if cached:
+        assert draft.tolist() == cached[:count]
