@@ -1,32 +1,24 @@
-"""The suite's peers: `transformers` generate, its continuous batching, and vLLM; the same weights, ids and counts.
+"""The suite's peers of `transformers`: generate and continuous batching; the same weights, ids and counts.
 
-Each runs in a process of its own (clients.Hosted) and is told token ids, so none pays for a wire or a tokenizer.
+Each runs in a process of its own (hosting.py) and is told token ids, so none pays for a wire or a tokenizer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging as python_logging
-import os
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from clients import NotInstalled, NotPossible, carry_out, peak_bytes
-from drivers import Call, Run
-from traces import Ask, Program, Trace
+from asks import Ask, Program, Trace
+from calls import Call, Run
+from clients import NotPossible, carry_out, peak_bytes
 
 _BATCH: Final = 32
-HOW_TO_INSTALL_VLLM: Final = (
-    "vllm is not installed. It pins a torch of its own, so give it a virtual environment, install vLLM's CPU build "
-    "there as its documentation says (Installation, CPU), then this checkout: pip install --no-deps -e . and its "
-    "dependencies except torch; run the suite from there"
-)
 
 
 class Generate:
@@ -211,96 +203,6 @@ class ContinuousBatching:
         self._open.clear()
 
 
-class Vllm:
-    """vLLM's AsyncLLM with automatic prefix caching, in bfloat16; on a machine without a GPU, its CPU build.
-
-    Written from its documentation (AsyncLLM, SamplingParams, TokensPrompt). The engine's core runs in a process of its
-    own; peak memory is that of the process with the most.
-    """
-
-    def __init__(self, model: Path, *, pool_tokens: int) -> None:
-        if find_spec("vllm") is None:
-            raise NotInstalled(HOW_TO_INSTALL_VLLM)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; pool_tokens of the 30M shape take half of one
-        from vllm import AsyncEngineArgs  # type: ignore[import-not-found,unused-ignore]
-        from vllm.v1.engine.async_llm import AsyncLLM  # type: ignore[import-not-found,unused-ignore]
-
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        arguments = AsyncEngineArgs(
-            model=str(model),
-            dtype="bfloat16",
-            enable_prefix_caching=True,
-            max_num_seqs=64,
-            max_model_len=8192,
-            num_gpu_blocks_override=pool_tokens // 16,
-            block_size=16,
-            seed=0,
-        )
-
-        async def begin() -> Any:
-            return AsyncLLM.from_engine_args(arguments)
-
-        self._engine: Any = self._wait(begin())
-        self._numbers = count()
-
-    def run(self, trace: Trace) -> Run:
-        """Carry the trace out."""
-        self._wait(self._engine.reset_prefix_cache())
-        return carry_out(trace, self._start)
-
-    def peak_bytes(self) -> int | None:
-        """Return the peak of the engine's process, or of this one if that is more."""
-        pids = [os.getpid(), *_children(os.getpid())]
-        return max((peak for pid in pids if (peak := peak_bytes(pid)) is not None), default=None)
-
-    def close(self) -> None:
-        """Stop the engine."""
-        self._engine.shutdown()
-
-    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(600.0)
-
-    def _start(self, prompt: list[int], ask: Ask) -> Future[Call]:
-        call = Call(time.perf_counter(), [prompt + list(choice[:-1]) for choice in ask.choices] or [prompt])
-        return asyncio.run_coroutine_threadsafe(
-            self._select(prompt, ask, call) if ask.choices else self._generate(prompt, ask, call), self._loop
-        )
-
-    async def _generate(self, prompt: list[int], ask: Ask, call: Call) -> Call:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=ask.num_tokens, ignore_eos=True)
-        async for output in self._stream(prompt, params):
-            call.answer = list(output.outputs[0].token_ids)
-            call.token_times += [time.perf_counter()] * (len(call.answer) - len(call.token_times))
-            call.cached_tokens = output.num_cached_tokens or 0
-        return call
-
-    async def _select(self, prompt: list[int], ask: Ask, call: Call) -> Call:
-        """Score each choice by the log-probabilities of its prompt."""
-        means = await asyncio.gather(*(self._score(prompt, list(choice), call) for choice in ask.choices))
-        call.answer = [max(range(len(means)), key=means.__getitem__)]
-        return call
-
-    async def _score(self, prompt: list[int], choice: list[int], call: Call) -> float:
-        from vllm import SamplingParams
-
-        ids, last = prompt + choice, None
-        async for output in self._stream(ids, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)):
-            last = output
-        assert last is not None, "a request has an output"
-        call.cached_tokens += last.num_cached_tokens or 0
-        scores: list[float] = [last.prompt_logprobs[i][ids[i]].logprob for i in range(len(prompt), len(ids))]
-        return sum(scores) / len(scores)
-
-    def _stream(self, ids: list[int], params: Any) -> Any:
-        from vllm.inputs import TokensPrompt  # type: ignore[import-not-found,unused-ignore]
-
-        return self._engine.generate(TokensPrompt(prompt_token_ids=ids), params, f"ask-{next(self._numbers)}")
-
-
 def _load(model: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -311,10 +213,3 @@ def _load(model: Path) -> tuple[Any, Any]:
     quiet.set_verbosity_error()
     python_logging.getLogger("ContinuousBatchingLogger").setLevel("CRITICAL")  # it asks for psutil at every run
     return torch, AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any, Final
 
 import harness
-from drivers import Bough, Run, Transformers
+from calls import Run
+from drivers import Bough, Transformers
 from harness import Summary, ratio, short
 from models import llama_30m
 from workloads import Workload, all_workloads, unshared

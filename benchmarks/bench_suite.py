@@ -26,12 +26,13 @@ from typing import Any, Final
 import harness
 import plots
 import rows
+from asks import Trace
+from calls import Run
 from clients import NotInstalled, NotPossible, System
-from drivers import Run
 from models import SIZES, llama
 from schedule import Budget, in_turn, missing, order
 from systems import BOUGH, NO_TREE, SYSTEMS, VLLM, start
-from traces import Trace, control, suite
+from traces import control, suite
 
 CACHING: Final = frozenset({BOUGH, NO_TREE, VLLM})
 TELLS_HITS: Final = frozenset({BOUGH, NO_TREE, VLLM})
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traces, options.systems or SYSTEMS, budget, reps=options.reps or (1 if options.quick else None)
     )
     with ExitStack() as stack:
-        suite_run.start(lambda name: start(name, model), stack)
+        suite_run.start(lambda name: start(name, model, options.vllm_python), stack)
         suite_run.measure()
     environment["load_average_at_end"] = round(os.getloadavg()[0], 2)
     about: dict[str, Any] = {
@@ -181,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=tuple(SIZES), default="30m", help="parameters of the Llama shape")
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="run these workloads alone")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument(
+        "--vllm-python",
+        metavar="PATH",
+        default=os.environ.get("VLLM_PYTHON") or sys.executable,
+        help="the interpreter of the environment that has vllm; default: VLLM_PYTHON, or this one",
+    )
     parser.add_argument("--render", type=Path, metavar="FILE", help="only draw and tabulate the last run in a .jsonl")
     return parser
 

@@ -20,7 +20,8 @@ from itertools import count
 from typing import Final
 
 import harness
-from drivers import Bough, Run
+from calls import Run
+from drivers import Bough
 from harness import Summary, ratio, short
 from models import llama_30m
 from workloads import Writer, unshared

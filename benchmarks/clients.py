@@ -1,11 +1,10 @@
-"""Carries a trace out on any system that answers asks one by one, and hosts such systems in processes of their own.
+"""Carries a trace out on any system that answers asks one by one.
 
-A process per system: their peak memory is then their own, and what one imports or pins does not meet the others.
+No import beyond the standard library: peers that live in an environment of their own (hosting.py) are carried so too.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import queue
 import time
 from collections.abc import Callable
@@ -13,12 +12,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from drivers import Call, Run
-from traces import Ask, Program, Trace
+from asks import Ask, Program, Trace
+from calls import Call, Run
 
 Start = Callable[[list[int], Ask], "Future[Call]"]
 
@@ -119,80 +117,3 @@ def peak_bytes(pid: int | str = "self") -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-
-# ---------------------------------------------------------------------------------------------- a process per system
-
-
-class Hosted:
-    """A system in a process of its own; `make(model)` runs there. Raises NotInstalled or what else it raised."""
-
-    def __init__(self, make: Callable[[Path], System], model: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_host, args=(theirs, make, model), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._peak: int | None = None
-        try:
-            self._receive()
-        except BaseException:
-            self.close()
-            raise
-
-    def run(self, trace: Trace) -> Run:
-        """Carry the trace out."""
-        self._connection.send(trace)
-        run, self._peak = self._receive()
-        assert isinstance(run, Run), "what the host sends after a trace"
-        return run
-
-    def peak_bytes(self) -> int | None:
-        """Return the process's peak during the last run."""
-        return self._peak
-
-    def close(self) -> None:
-        """End the process."""
-        self._connection.close()
-        self._process.join(10.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            kind, value = self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"the system's process ended with status {self._process.exitcode}") from None
-        if kind == "failed":
-            raise value
-        return value
-
-
-def _host(connection: Connection, make: Callable[[Path], System], model: Path) -> None:
-    """Serve traces until the other end closes."""
-    try:
-        system = make(model)
-    except BaseException as error:
-        connection.send(("failed", _sendable(error)))
-        return
-    connection.send(("ready", None))
-    try:
-        while True:
-            trace = connection.recv()
-            forget_peak()
-            try:
-                connection.send(("done", (system.run(trace), system.peak_bytes())))
-            except Exception as error:
-                connection.send(("failed", _sendable(error)))
-    except EOFError:
-        pass
-    finally:
-        system.close()
-
-
-def _sendable(error: BaseException) -> Exception:
-    """Return the error, or one that tells of it, if its class may be unknown at the other end."""
-    if isinstance(error, (NotInstalled, NotPossible)):
-        return error
-    return RuntimeError(f"{type(error).__name__}: {error}")

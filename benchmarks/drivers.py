@@ -10,12 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from harness import percentile
+from calls import Call, Run, num_different
 from models import token_ids
 from workloads import Fork, Gen, Piece, Program, Select, Text, Workload
 
@@ -26,80 +24,6 @@ from bough.runtime.protocol import Text as TextPart
 _WAIT_S: Final = 600.0
 _BATCH: Final = 32
 _SPENT: Final = ("prompt_tokens", "cached_tokens")
-
-
-@dataclass
-class Call:
-    """One gen or select, on the client's clock. prompts: the ids of what was asked (a select asks once per choice).
-
-    num_given: of how many tokens the runtime's prompt was; a select's shares what its choices do, and names it once.
-    """
-
-    asked_at: float
-    prompts: list[list[int]]
-    token_times: list[float] = field(default_factory=list)
-    answer: list[int] = field(default_factory=list)
-    cached_tokens: int = 0
-    num_given: int = 0
-
-
-def num_different(rows: Sequence[list[int]]) -> int:
-    """Return how many tokens are left of some rows where those that begin alike share their beginning."""
-    return len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
-
-
-@dataclass
-class Run:
-    """A workload carried out once."""
-
-    wall_s: float
-    program_s: list[float]
-    calls: list[Call]
-
-    def __post_init__(self) -> None:
-        self.prompt_tokens = sum(call.num_given or sum(map(len, call.prompts)) for call in self.calls)
-        self.cached_tokens = sum(call.cached_tokens for call in self.calls)
-
-    def figures(self) -> dict[str, float]:
-        """Return the run's figures by name."""
-        generated = sum(len(call.token_times) for call in self.calls)
-        figures = {
-            "wall_s": self.wall_s,
-            "total_tok_s": (self.prompt_tokens + generated) / self.wall_s,
-            "program_p50_s": percentile(self.program_s, 0.5),
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "computed_tokens": self.prompt_tokens - self.cached_tokens,
-            "hit_rate": self.cached_tokens / self.prompt_tokens,
-        }
-        if generated:
-            times = [call.token_times for call in self.calls]
-            first = [(seen[0] - call.asked_at) * 1e3 for call, seen in zip(self.calls, times, strict=True) if seen]
-            gaps = [(b - a) * 1e3 for seen in times for a, b in pairwise(seen)]
-            figures["generated_tok_s"] = generated / self.wall_s
-            figures |= {"ttft_p50_ms": percentile(first, 0.5), "ttft_p99_ms": percentile(first, 0.99)}
-            if gaps:  # answers of one token have none
-                figures |= {"gap_p50_ms": percentile(gaps, 0.5), "gap_p99_ms": percentile(gaps, 0.99)}
-        return figures
-
-    def best_hit_rate(self) -> float:
-        """Return the hit rate of a cache that never forgets: 1 - unique prompt tokens of the radix tree / all.
-
-        What was generated is in the tree already when a later prompt repeats it.
-        """
-        root: dict[int, Any] = {}
-        unique = 0
-        for call in self.calls:
-            for prompt in call.prompts:
-                node = root
-                for token in prompt:
-                    if token not in node:
-                        unique += 1
-                        node[token] = {}
-                    node = node[token]
-                for token in call.answer[:-1]:
-                    node = node.setdefault(token, {})
-        return 1 - unique / self.prompt_tokens
 
 
 class Bough:

@@ -62,12 +62,6 @@ def short(value: float) -> str:
     return f"{value:.{2 if abs(value) < 10 else 1}f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least `share` of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1e6) * len(ordered) // 1_000_000) - 1))]
-
-
 def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:
     """Summarise the ratios of two cases, repetition by repetition."""
     return Summary.of(a / b for a, b in zip(above, below, strict=False))

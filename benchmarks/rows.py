@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from drivers import Run
+from asks import Trace
+from calls import Run
 from harness import Summary, ratio, short, table
-from traces import Trace
 
 REFERENCE: Final = "bough"
 HEADERS: Final = (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from traces import Trace
+from asks import Trace
 
 _ROUNDS: Final = ("headline", "paper", "headline", "sweep", "headline", "paper", "sweep", "headline", "headline")
 """Kinds in the order they run; once through is up to five repetitions of a headline."""

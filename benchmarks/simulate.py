@@ -30,6 +30,7 @@ from multiprocessing import get_context
 from typing import Final
 
 import harness
+from calls import percentile
 from shapes import SHAPES, Program, Request, Writer, join, longest_request, optimum, working_set
 
 from bough.runtime.batch import Batch, RowResult
@@ -268,7 +269,7 @@ class Simulation:
             optimum=best,
             paper_optimum=paper,
             again=counters.recomputed_tokens / counters.prompt_tokens,
-            p99_wait=harness.percentile(self.waits, 0.99),
+            p99_wait=percentile(self.waits, 0.99),
             longest_wait=max(self.waits),
             most_overtaken=max(self.overtaken),
             most_waiting=self.most_waiting,

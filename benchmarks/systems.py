@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -9,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from baselines import ContinuousBatching, Generate, Vllm
-from clients import Hosted, System, carry_out, forget_peak, peak_bytes
-from drivers import Call, Run, num_different
+import vllm_system
+from asks import Ask, Trace
+from baselines import ContinuousBatching, Generate
+from calls import Call, Run, num_different
+from clients import System, carry_out, forget_peak, peak_bytes
+from hosting import Hosted
 from models import text_of
-from traces import Ask, Trace
 
 from bough import Generation, RuntimeClient
 from bough.life import RuntimeLife
@@ -99,8 +102,11 @@ VLLM: Final = "vllm"
 SYSTEMS: Final = (BOUGH, NO_RADIX, NO_TREE, GENERATE, CONTINUOUS, VLLM)
 
 
-def start(name: str, model: Path) -> System:
-    """Start a system by its name. Raises NotInstalled, saying how to install it, or why it does not start."""
+def start(name: str, model: Path, vllm_python: str = sys.executable) -> System:
+    """Start a system by its name; vllm_python: the interpreter of the environment that has vLLM.
+
+    Raises NotInstalled, saying how to install it, or why it does not start.
+    """
     match name:
         case "bough":
             return Bough(model)
@@ -113,5 +119,6 @@ def start(name: str, model: Path) -> System:
         case "transformers continuous":
             return Hosted(partial(ContinuousBatching, pool_tokens=POOL_TOKENS), model)
         case "vllm":
-            return Hosted(partial(Vllm, pool_tokens=POOL_TOKENS), model)
+            make = partial(vllm_system.Vllm, pool_tokens=POOL_TOKENS)
+            return Hosted(make, model, vllm_python, vllm_system.environment(vllm_python))
     raise ValueError(f"there is no system {name!r}; there are {', '.join(SYSTEMS)}")

@@ -15,14 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_suite
 import plots
 import rows
+from asks import Ask, Trace
 from baselines import Generate
+from calls import Call, Run
 from clients import NotInstalled, NotPossible, System, carry_out
-from drivers import Call, Run
 from models import FIRST_WORD, Size, made, text_of, token_ids
 from schedule import Budget, in_turn, order
 from shapes import SHAPES
 from systems import Bough
-from traces import Ask, Trace, control, fork, from_shape, live, suite, writer
+from traces import control, fork, from_shape, live, suite, writer
 
 TINY = Size(hidden=128, layers=2, heads=2, kv_heads=1, mlp=128)
 
