@@ -103,7 +103,7 @@ def others(vocab_size: int, repeat: int) -> dict[str, float]:
     vocabulary = Vocabulary(load_tokenizer(resolve_model("pocket")), vocab_size)
     table = vocabulary.token_table()
     try:
-        import xgrammar  # type: ignore[import-not-found]
+        import xgrammar  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         pass
     else:
@@ -117,7 +117,7 @@ def others(vocab_size: int, repeat: int) -> dict[str, float]:
             matcher.accept_token(token)
         found["xgrammar mask"] = median_ms(lambda: matcher.fill_next_token_bitmask(bitmask), repeat)
     try:
-        import outlines_core  # type: ignore[import-not-found]
+        import outlines_core  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         pass
     else:

@@ -6,14 +6,14 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from processes import within
 
 import bough as bo
 
-ENDLESS = {"max_tokens": 4, "ignore_eos": True, "temperature": 0.9}
+ENDLESS: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True, "temperature": 0.9}
 
 
 @bo.function
@@ -37,7 +37,7 @@ def test_a_text_that_meets_its_limit_is_read_or_refused_or_goes_on(pocket: bo.Ru
 @bo.function
 def searched(s: bo.State) -> str:
     s += "The old house on the hill was"
-    gen = bo.gen("x", return_logprob=True, **ENDLESS)  # type: ignore[arg-type]
+    gen = bo.gen("x", return_logprob=True, **ENDLESS)
     beams = s.beam(2, gen, depth=2, branching=2)
     s.adopt(beams[0])
     return s.text()
@@ -56,14 +56,14 @@ def test_searches_of_plain_programs_run_beside_each_other_on_one_loop(pocket: bo
 def back_and_on(s: bo.State, pid: int) -> None:
     s += "Once upon a time"
     mark = s.checkpoint()
-    s += bo.gen("lost", **ENDLESS)  # type: ignore[arg-type]
+    s += bo.gen("lost", **ENDLESS)
     s["lost"]
     if pid:
         os.kill(pid, signal.SIGKILL)
     s.rewind(mark)
-    s += " there was" + bo.gen("kept", **ENDLESS)  # type: ignore[arg-type]
+    s += " there was" + bo.gen("kept", **ENDLESS)
     forks = s.fork(2)
-    forks += bo.gen("end", **ENDLESS)  # type: ignore[arg-type]
+    forks += bo.gen("end", **ENDLESS)
     forks.join()
 
 
@@ -77,9 +77,9 @@ def test_a_mark_survives_the_runtime_it_was_made_in() -> None:
 
 @bo.function
 async def awaited(s: bo.State) -> str:
-    s += "Once upon a time" + bo.gen("x", **ENDLESS)  # type: ignore[arg-type]
+    s += "Once upon a time" + bo.gen("x", **ENDLESS)
     (other,) = s.fork()
-    other += bo.gen("y", **ENDLESS)  # type: ignore[arg-type]
+    other += bo.gen("y", **ENDLESS)
     return str(await s.get("x")) + str(await other.get("y"))
 
 

@@ -98,7 +98,8 @@ class Oracle:
     def logprobs(self, ids: Sequence[int], start: int) -> list[float]:
         """Return the natural-log probability of each of ids[start:] given all before it, computed in float64.
 
-        In float32 transformers is itself off by up to 1e-5.
+        In float32 transformers is itself off: over 120 random texts on the llama checkpoint the largest error of a text
+        has a median of 1.0e-5 and a maximum of 2.0e-5. bough's is 1.1e-5 and 2.2e-5, whichever attention serves.
         """
         if self._exact is None:
             self._exact = deepcopy(self.model).double()
