@@ -7,6 +7,8 @@ match        a cached prefix of 32,768 tokens, stored as one edge and as 64
 eviction     per page, with 1,000 / 10,000 / 100,000 leaves: must not depend on how many there are
 request      acquire, publish, release of a random 1,024-token prompt, cache on and off: the cost of a miss
 step         plan and commit with 64 sequences decoding; and the engine's whole step, which also turns tokens into text
+queue        plan with 256 waiting: behind 4,096 cached tokens, 16 of their own, of which a step admits 64; and all
+             for a prompt of 4,600 tokens that is in its last chunk, so that each is looked at and none admitted
 
     python benchmarks/bench_cache.py [--quick] [--reps N] [--save]
 """
@@ -40,6 +42,7 @@ from bough.runtime.vector import IntArray
 PAGE: Final = 16
 VOCAB: Final = 1000
 WIDTH: Final = 64
+WAITING: Final = 256
 POCKET: Final = resolve_model("pocket")
 TOKENIZER: Final = load_tokenizer(POCKET)
 TOKEN: Final = TOKENIZER.encode(" a")[-1]
@@ -172,6 +175,28 @@ def step(reps: int) -> dict[str, Summary]:
     return {name: Summary.of(many) for name, many in times.items()}
 
 
+def queue(reps: int) -> dict[str, Summary]:
+    """Microseconds of plan with 256 sequences waiting."""
+    prefix, prompt = tokens(4096), tokens(4600)
+    times: dict[str, list[float]] = {"own prompts": [], "one prompt": []}
+    for _ in range(reps):
+        scheduler = Process(1 << 18).scheduler
+        fill(scheduler.cache, prefix)
+        for seed in range(WAITING):
+            scheduler.submit(Running(np.concatenate([prefix, tokens(16, seed)]), namespace="local", params=GREEDY))
+        times["own prompts"].append(timed_us(scheduler.plan))
+        scheduler = Process(1 << 18).scheduler
+        for seed in range(1 + WAITING):
+            scheduler.submit(Running(np.concatenate([prompt, tokens(1, seed)]), params=GREEDY))
+        while not scheduler.running or len(prompt) - scheduler.running[0].num_computed > RuntimeConfig().token_budget:
+            planned = scheduler.plan()
+            assert planned is not None
+            scheduler.commit(planned, NullRunner().execute(planned.batch))
+        times["one prompt"].append(timed_us(scheduler.plan))
+        assert scheduler.num_waiting == WAITING, "all wait for what the first computes"
+    return {name: Summary.of(many) for name, many in times.items()}
+
+
 def main() -> None:
     """Measure and report."""
     options = harness.parser(__doc__, needs_model=False).parse_args()
@@ -193,6 +218,9 @@ def main() -> None:
     figures["plan, 64 decoding"] = steps["plan"], ""
     figures["commit, 64 decoding"] = steps["commit"], ""
     figures["engine's whole step, 64 decoding"] = steps["engine step"], "≤ 300"
+    queues = queue(reps)
+    figures["plan, 256 waiting, own prompts"] = queues["own prompts"], ""
+    figures["plan, 256 waiting for one prompt"] = queues["one prompt"], ""
     rows = [(name, figure, aim) for name, (figure, aim) in figures.items()]
     tables = [harness.table(("bookkeeping", "µs", "aim"), rows)]
     harness.report("bench_cache", options, environment, {name: f for name, (f, _) in figures.items()}, tables)

@@ -363,12 +363,20 @@ class Scheduler:
         """Whether a running prefill is about to publish a page or more of what this sequence needs (single flight)."""
         if not self.cache.enabled:
             return False
-        wanted = sequence.tokens.view(0, sequence.match_limit)
+        wanted: IntArray | None = None
         for other in self.running:
             if not other.is_prefilling or other.is_paused or other.namespace != sequence.namespace:
                 continue
-            common = common_prefix(other.tokens.view(0, min(other.prompt_len, other.goal)), wanted)
-            if common - self._matched_len(sequence) >= self.cache.page_size:
+            if wanted is None:  # looked up once, and only where something runs that might compute it
+                least = self._matched_len(sequence) + self.cache.page_size
+                if least > sequence.match_limit:
+                    return False
+                wanted = sequence.tokens.view(0, least)
+                last = wanted[-1]
+            # Most prompts differ where the cached part ends: one token tells, not thousands.
+            if min(other.prompt_len, other.goal) < least or other.tokens[least - 1] != last:
+                continue
+            if common_prefix(other.tokens.view(0, least), wanted) == least:
                 return True
         return False
 

@@ -15,6 +15,7 @@ from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
 from bough.runtime.trie import TokenTrie
+from bough.runtime.vector import common_prefix
 
 
 class Bench:
@@ -212,6 +213,23 @@ def test_sixty_four_forks_of_a_cold_prefix_prefill_it_once() -> None:
     bench.run()
     assert sum(s.computed_tokens for s in sequences) == len(prefix) + 64
     assert bench.runner.num_computed == len(prefix) + 64
+
+
+@settings(max_examples=200, deadline=None)
+@given(cached=PROMPTS, first=PROMPTS, second=PROMPTS, shared=PROMPTS)
+def test_a_prompt_waits_exactly_for_a_prefill_that_computes_a_page_more_of_it_than_is_cached(
+    cached: list[int], first: list[int], second: list[int], shared: list[int]
+) -> None:
+    bench = Bench(pages=32, page_size=4, budget=64, policy="fcfs", usual_len=1.0)
+    bench.generate(cached, 1)
+    bench.run()
+    bench.generate(shared + first, 1)
+    later = bench.generate(shared + second, 1)
+    wanted = (shared + second)[:-1]
+    matched = bench.cache.matched_len(None, np.array(wanted, dtype=np.int32))
+    bench.scheduler.plan()
+    comes = common_prefix(np.array(shared + first, dtype=np.int32), np.array(wanted, dtype=np.int32))
+    assert (later.status is Status.WAITING) == (comes - matched >= 4)
 
 
 def test_without_a_radix_cache_nothing_is_shared() -> None:
