@@ -26,12 +26,13 @@ class Runtime:
     model: "pocket" (the bundled one), a model folder, or a hub id. dtype: "float32", "bfloat16" or, on a GPU,
     "float16"; device: "cpu" or "cuda"; None lets the runtime choose. mem_fraction: the share of the GPU's memory that
     the runtime may use (0.9 by default); what weights and a step leave of it is the cache.
-    kv_dtype: "int8" keeps keys and values as int8 with a scale per token and
-    head, so that about twice as many tokens fit (four times with float32); the default keeps them in dtype. weights:
-    "int8" keeps the linear layers' weights in int8, half of bfloat16's memory; answers may differ a little. page_size:
-    tokens per page of the KV cache; max_total_tokens: tokens the cache holds; token_budget: most tokens of one step;
-    max_running: most sequences of one step. schedule_policy: "lpm" (longest cached prefix first) or "fcfs".
-    radix_cache=False shares nothing between requests. seed: of everything sampled without a seed of its own.
+    kv_dtype: "int8" keeps keys and values as int8 with a scale per token and head, so that about twice as many tokens
+    fit (four times with float32), "fp8" likewise on GPUs of compute capability 8.9 and later; the default keeps them
+    in dtype. weights: "int8" keeps the linear layers' weights in int8, half of bfloat16's memory; answers may differ a
+    little. page_size: tokens per page of the KV cache; max_total_tokens: tokens the cache holds; token_budget: most
+    tokens of one step; max_running: most sequences of one step. schedule_policy: "lpm" (longest cached prefix first)
+    or "fcfs". radix_cache=False shares nothing between requests. seed: of everything sampled without a seed of its
+    own.
     start_timeout: seconds until the runtime must serve.
 
     exact=True: a token's keys and values have the same bits however they came about, computed with a prompt or while
@@ -283,7 +284,7 @@ def runtime_options(**given: Any) -> list[str]:
 
 _ALLOWED = {
     "dtype": ("float32", "bfloat16", "float16"),
-    "kv_dtype": ("auto", "int8"),
+    "kv_dtype": ("auto", "int8", "fp8"),
     "weights": ("auto", "int8"),
     "schedule_policy": ("lpm", "fcfs"),
     "log_level": ("debug", "info", "warning", "error"),

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (on a GPU); default: what the checkpoint and this machine do best"
     )
-    parser.add_argument("--kv-dtype", help="auto (as --dtype) or int8, with a scale per token and head")
+    parser.add_argument("--kv-dtype", help="auto (as --dtype), int8 or, on a GPU, fp8, with a scale per token and head")
     parser.add_argument("--weights", help="auto (as --dtype) or int8, with a scale per output channel")
     parser.add_argument("--device", help="cpu (default), cuda or cuda:N")
     parser.add_argument(

@@ -208,11 +208,12 @@ def load_runner(
 
     dtype: "float32" ("fp32"), "bfloat16" ("bf16"), or None: bfloat16 where the checkpoint is 16-bit and this CPU
     multiplies bfloat16, else float32. device: "cpu" or None, or "cuda", "cuda:1" and so on: there also "float16"
-    ("fp16"), and None takes the checkpoint's dtype. num_pages: of the pool; None takes
-    ceil(max_total_tokens / page_size). max_total_tokens None: a quarter of the memory available now, but at most
-    64 * context_len and 131,072 tokens, and at least one whole context. One token takes
-    2 (K and V) * num_layers * num_kv_heads * head_dim * bytes of dtype. kv_dtype: "int8" stores keys and values as
-    int8 with a float32 scale for each token and head, (head_dim + 4) bytes; None or "auto": in dtype.
+    ("fp16"), and None takes the checkpoint's dtype. num_pages: of the pool; None takes ceil(max_total_tokens /
+    page_size). max_total_tokens None: a quarter of the memory available now, but at most 64 * context_len and 131,072
+    tokens, and at least one whole context. One token takes 2 (K and V) * num_layers * num_kv_heads * head_dim * bytes
+    of dtype. kv_dtype: "int8" stores keys and values as int8 with a float32 scale for each token and head, (head_dim +
+    4) bytes; "fp8" as float8_e4m3fn with such a scale, on GPUs of compute capability 8.9 and later; None or "auto": in
+    dtype.
     on_progress(done_bytes, total_bytes) is called while weights load. exact: a token's bits do not tell whether it was
     prefilled or drawn. attention: "native", "torch" or None for what works here. share_prefixes: attend what sequences
     have in common once for all of them. weights: "int8" keeps the linear layers' in int8 with a scale per output
@@ -238,7 +239,7 @@ def load_runner(
             folder,
             config,
             on_gpu,
-            torch.int8 if _is_int8("kv_dtype", kv_dtype) else on_gpu,
+            kv_dtype_of(kv_dtype, on_gpu, on_gpu=True),
             torch_device,
             page_size,
             num_pages,
@@ -256,7 +257,7 @@ def load_runner(
             "invalid_request", "mem_fraction is of a GPU's memory; on a CPU give max_total_tokens", field="mem_fraction"
         )
     torch_dtype = torch_dtype_of(dtype, config)
-    kv = torch.int8 if _is_int8("kv_dtype", kv_dtype) else torch_dtype
+    kv = kv_dtype_of(kv_dtype, torch_dtype)
     if num_pages is None:
         num_pages = -(-_total_tokens(max_total_tokens, config, kv) // page_size)
     begin = time.perf_counter()
@@ -309,10 +310,21 @@ def torch_dtype_of(name: str | None, config: ModelConfig, *, on_gpu: bool = Fals
     return dtype
 
 
-def _is_int8(field: str, name: str | None) -> bool:
-    if name not in (None, "auto", "int8"):
+def kv_dtype_of(name: str | None, dtype: torch.dtype, *, on_gpu: bool = False) -> torch.dtype:
+    """Return the dtype of keys and values called `name`; by default that of the model, `dtype`."""
+    if name in ("fp8", "fp8_e4m3"):
+        if on_gpu:
+            return torch.float8_e4m3fn
+        message = f"kv_dtype={name!r} is for GPUs (compute capability 8.9 and later), not the CPU: take int8"
+        raise RequestError("invalid_request", message, field="kv_dtype", value=name)
+    return torch.int8 if _is_int8("kv_dtype", name, "auto", "int8", "fp8") else dtype
+
+
+def _is_int8(field: str, name: str | None, *known: str) -> bool:
+    known = known or ("auto", "int8")
+    if name is not None and name not in known:
         raise RequestError(
-            "invalid_request", f"{field} must be one of auto, int8, got {name!r}", field=field, value=name
+            "invalid_request", f"{field} must be one of {', '.join(known)}, got {name!r}", field=field, value=name
         )
     return name == "int8"
 

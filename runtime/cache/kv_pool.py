@@ -10,12 +10,14 @@ import torch
 from bough.kernels.paged_kv import QUANTISED_DTYPES, PagedKV
 from bough.runtime.batch import PageCopy
 
+_FP8_NAN = 0x7F
+
 
 class KVPool:
     """K and V of `num_pages` pages of `page_size` slots.
 
-    k[layer], v[layer]: (num_pages, page_size, num_kv_heads, head_dim), contiguous. In int8 each token and head has a
-    scale in k_scales[layer], v_scales[layer]: (num_pages, page_size, num_kv_heads) float32; these lists are empty
+    k[layer], v[layer]: (num_pages, page_size, num_kv_heads, head_dim), contiguous. In int8 and float8 each token and
+    head has a scale in k_scales[layer], v_scales[layer]: (num_pages, page_size, num_kv_heads) float32; these lists are empty
     otherwise. layers: the same tensors, as kernels take them. The memory is not touched before it is written, so an
     unused page costs no RAM; what an unwritten slot holds is undefined, NaN included, and attention never reads it.
     """
@@ -62,7 +64,7 @@ class KVPool:
             for num_slots, group in by_length.items()
             if num_slots
         ]
-        for tensor in self._tensors() if groups else ():
+        for tensor in map(_bytes_of, self._tensors()) if groups else ():
             read = [tensor[sources, :num_slots] for sources, _, num_slots in groups]
             for (_, targets, num_slots), slots in zip(groups, read, strict=True):
                 tensor[targets, :num_slots] = slots
@@ -72,10 +74,16 @@ class KVPool:
         index = torch.tensor(pages, dtype=torch.int64, device=self.k[0].device)
         for tensor in self._tensors():
             if tensor.is_floating_point():
-                tensor.index_fill_(0, index, float("nan"))
+                raw = _bytes_of(tensor)
+                raw.index_fill_(0, index, float("nan") if raw.is_floating_point() else _FP8_NAN)
 
     def _lists(self) -> tuple[list[torch.Tensor], ...]:
         return self.k, self.v, self.k_scales, self.v_scales
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for tensors in self._lists() for tensor in tensors]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return float8 as bytes, which every operation of PyTorch knows; other tensors as they are."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

@@ -19,7 +19,7 @@ from bough.runtime.batch import SampleRequest
 from bough.runtime.grammar.masks import Masks
 from bough.runtime.rng import uniforms
 
-_ALIGNMENT = 8
+_ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for a pointer that is not a multiple of 16
 
 
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks) -> list[sampler.Draw]:

@@ -109,7 +109,7 @@ class GraphSteps:
         self._buffers = StepBuffers(attention, device, _GRAPHS_LEAST)
         self._graphs: dict[tuple[int, Launches], _Graph] = {}
         self._every = torch.arange(GRAPH_SIZES[-1], dtype=torch.int32, device=device)
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = _memory_pool(device)
         self.num_replays = 0
 
     @property
@@ -126,7 +126,7 @@ class GraphSteps:
         """Return the hidden states of the tokens wanted, (num_wanted, hidden_size); valid until the next step."""
         if self._buffers.reserve(inputs):
             log.info("the buffers of captured steps grew: %s", self._buffers.capacity)
-            self._graphs.clear()
+            self._forget()
         self._buffers.write(inputs)
         assert isinstance(inputs.attention, StepPlan)
         num_tokens = next(size for size in GRAPH_SIZES if size >= len(inputs.token_ids))
@@ -141,8 +141,19 @@ class GraphSteps:
             self.num_replays += 1
         return hidden.index_select(0, self._buffers.wanted(len(inputs.wanted)))
 
+    def _forget(self) -> None:
+        """Drop all graphs, and their pool: PyTorch refuses a capture into one that has lost its last graph."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # one of them may be running
+        self._graphs.clear()
+        self._pool = _memory_pool(self._device)
+
 
 _Graph = Callable[[], torch.Tensor]
+
+
+def _memory_pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _capture(work: _Graph, device: torch.device, pool: Any) -> _Graph:
@@ -150,7 +161,8 @@ def _capture(work: _Graph, device: torch.device, pool: Any) -> _Graph:
     if device.type != "cuda":
         return work
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Of this thread only: what another one asks of the device meanwhile must not void the capture.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
 
     def replay() -> torch.Tensor:

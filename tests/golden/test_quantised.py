@@ -93,14 +93,22 @@ def test_int8_weights_change_logits_a_little() -> None:
 
 @pytest.mark.parametrize("name", ["int4", "float8", ""])
 def test_an_unknown_type_is_refused_by_name(name: str) -> None:
-    with pytest.raises(RequestError, match=f"kv_dtype must be one of auto, int8, got '{name}'"):
+    with pytest.raises(RequestError, match=f"kv_dtype must be one of auto, int8, fp8, got '{name}'"):
         runner(kv_dtype=name)
-    with pytest.raises(bo.InvalidRequest, match="kv_dtype must be one of auto, int8"):
+    with pytest.raises(bo.InvalidRequest, match="kv_dtype must be one of auto, int8, fp8"):
         bo.Runtime(kv_dtype=name)
     with pytest.raises(RequestError, match=f"weights must be one of auto, int8, got '{name}'"):
         runner(weights=name)
     with pytest.raises(bo.InvalidRequest, match="weights must be one of auto, int8"):
         bo.Runtime(weights=name)
+
+
+def test_fp8_keys_are_refused_on_a_cpu_by_name() -> None:
+    with pytest.raises(RequestError, match=r"kv_dtype='fp8' is for GPUs .*, not the CPU: take int8") as caught:
+        runner(kv_dtype="fp8")
+    assert (caught.value.kind, caught.value.details["field"]) == ("invalid_request", "kv_dtype")
+    with pytest.raises(bo.InvalidRequest, match="kv_dtype='fp8' is for GPUs"):
+        bo.Runtime(kv_dtype="fp8")
 
 
 def test_int8_weights_are_refused_on_a_gpu_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,8 @@ from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import dequantised, quantise
 from bough.kernels.reference import paged_attention as definition
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ATOL = 2e-6 if IS_INTERPRETED else 1e-5  # a GPU's exp2 is 2 units in the last place off, numpy's is not
 ROOT, LEFT, RIGHT, LEAF = ("root", 36), ("left", 20), ("right", 15), ("leaf", 17)
 # (path, new tokens): two forks below one root, one of them forked again; strangers; one token.
 TREE: list[tuple[Path, int]] = [
@@ -82,7 +85,7 @@ def test_a_tree_with_extends_and_prefills_agrees_with_the_definition(
 ) -> None:
     case = make_case(MIXED if heads[0] == 6 else FEW, heads)
     found = run_kernels(case, kernels_for(case), device)
-    torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.double(), run_definition(case), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -90,13 +93,13 @@ def test_a_tree_with_extends_and_prefills_agrees_with_the_definition(
 def test_sharing_changes_nothing_but_rounding(page_size: int, share: bool, device: torch.device) -> None:
     case = make_case(TREE, page_size=page_size)
     found = run_kernels(case, kernels_for(case, share=share), device)
-    torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.double(), run_definition(case), atol=ATOL, rtol=0)
 
 
 def test_a_group_of_more_heads_than_a_tile_has_rows_takes_several(device: torch.device) -> None:
     case = make_case([TREE[0], TREE[2], MIXED[5]], (19, 1, 64))
     found = run_kernels(case, kernels_for(case), device)
-    torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.double(), run_definition(case), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -122,7 +125,7 @@ def test_quantised_keys_and_values_are_read_with_their_scales(
     meant = [pages.where(is_token, torch.nan) for pages in dequantised(PagedKV(k, v, k_scales, v_scales))]
     found = run_kernels(case, kernels_for(replace(case, k_pages=k)), device, kv)
     expected = run_definition(replace(case, k_pages=meant[0], v_pages=meant[1]))
-    atol, rtol = (2e-6, 0.0) if dtype == torch.float32 else (1e-2, 1e-2)
+    atol, rtol = (ATOL, 0.0) if dtype == torch.float32 else (1e-2, 1e-2)
     torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
 
 
@@ -151,20 +154,20 @@ def test_partial_results_and_their_merge_agree_with_their_definitions(device: to
         visible_lens, items, rows, plan.tree.num_partials, scale,
     )  # fmt: skip
     assert bool(lse.isneginf().any()), "some extended token does not see the last keys of its item"
-    torch.testing.assert_close(buffers.part_out.cpu().double(), out.nan_to_num(), atol=2e-6, rtol=0)
-    torch.testing.assert_close(buffers.part_lse.cpu().double(), lse, atol=4e-6, rtol=0)
+    torch.testing.assert_close(buffers.part_out.cpu().double(), out.nan_to_num(), atol=ATOL, rtol=0)
+    torch.testing.assert_close(buffers.part_lse.cpu().double(), lse, atol=2 * ATOL, rtol=0)
     found = torch.full_like(q, torch.nan)
     merge_partials(buffers.part_out, buffers.part_lse, buffers.merge_indptr, buffers.merge_indices, found)
     indptr, indices = torch.from_numpy(plan.tree.merge_indptr), torch.from_numpy(plan.tree.merge_indices)
     expected = reference.merge_partials(out.nan_to_num(), lse, indptr, indices)
-    torch.testing.assert_close(found.cpu().double(), expected, atol=2e-6, rtol=0, equal_nan=True)
+    torch.testing.assert_close(found.cpu().double(), expected, atol=ATOL, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(20, None), (None, 2.0), (50, 5.0)])
 def test_a_window_and_a_soft_cap(window: int | None, soft_cap: float | None, device: torch.device) -> None:
     case = make_case(MIXED)
     found = run_kernels(case, kernels_for(case, window=window, soft_cap=soft_cap), device)
-    torch.testing.assert_close(found.double(), run_definition(case, window, soft_cap), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.double(), run_definition(case, window, soft_cap), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -173,7 +176,7 @@ def test_exact_mode_gives_a_sequence_the_same_bits_alone_and_in_any_tree(
 ) -> None:
     whole = make_case(MIXED)
     expected = run_kernels(whole, kernels_for(whole, exact_split=32, window=window), device)
-    torch.testing.assert_close(expected.double(), run_definition(whole, window), atol=2e-6, rtol=0)
+    torch.testing.assert_close(expected.double(), run_definition(whole, window), atol=ATOL, rtol=0)
     ends = whole.layout.qo_indptr
     for b, sequence in list(enumerate(MIXED))[2:]:
         alone = make_case([sequence])
@@ -210,7 +213,7 @@ def test_a_plan_serves_while_sequences_grow(device: torch.device) -> None:
     buffers.visible_lens.copy_(torch.from_numpy(grown.layout.kv_lens))
     kv = PagedKV(grown.k_pages.to(device), grown.v_pages.to(device))
     found = run(grown.q.to(device), kv, buffers, Launches.of(plan), kernels, grown.q.shape[-1] ** -0.5)
-    torch.testing.assert_close(found.cpu().double(), run_definition(grown), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.cpu().double(), run_definition(grown), atol=ATOL, rtol=0)
 
 
 def test_buffers_and_launches_larger_than_a_plan_leave_other_tokens_alone(device: torch.device) -> None:
@@ -227,7 +230,7 @@ def test_buffers_and_launches_larger_than_a_plan_leave_other_tokens_alone(device
     for _ in range(3):  # the host's two buffers take turns
         buffers.write(plan)
         out = run(rows, kv, buffers, launches, kernels, 32**-0.5, torch.full_like(rows, torch.nan)).cpu()
-        torch.testing.assert_close(out[: len(case.q)].double(), run_definition(case), atol=2e-6, rtol=0)
+        torch.testing.assert_close(out[: len(case.q)].double(), run_definition(case), atol=ATOL, rtol=0)
         assert out[len(case.q) :].isnan().all()
     small = PlanBuffers(replace(needed, num_narrow=0), case.q.shape[1], case.q.shape[2], device)
     with pytest.raises(ValueError, match=f"num_narrow is {needed.num_narrow}, the buffers hold 0"):
@@ -238,11 +241,11 @@ def test_queries_may_be_a_part_of_wider_rows(device: torch.device) -> None:
     case = make_case(MIXED)
     fused = torch.cat([case.q, torch.full_like(case.q, torch.nan)], dim=1)
     found = run_kernels(replace(case, q=fused[:, : case.q.shape[1]]), kernels_for(case), device)
-    torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.double(), run_definition(case), atol=ATOL, rtol=0)
 
 
 def test_a_sequence_of_128k_tokens(device: torch.device) -> None:
-    """Decoded over many chunks, and prefilled by one token; wide tiles of keys, to be quick under the interpreter."""
+    """Decoded over many chunks, and prefilled by one token; interpreted in wide tiles of keys, to be quick."""
     kv_len, head_dim = 131_072, 16
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(kv_len // 16, 16, 1, head_dim, generator=generator) for _ in range(2))
@@ -258,6 +261,8 @@ def test_a_sequence_of_128k_tokens(device: torch.device) -> None:
     )
     case = PagedCase(layout, q, k, v)
     kernels = kernels_for(case, exact_split=16_384)
-    narrow, prefill = (replace(config, block_n=1024) for config in (kernels.narrow, kernels.prefill))
-    found = run_kernels(case, replace(kernels, narrow=narrow, prefill=prefill), device)
+    if IS_INTERPRETED:  # a GPU has no room for such tiles
+        narrow, prefill = (replace(config, block_n=1024) for config in (kernels.narrow, kernels.prefill))
+        kernels = replace(kernels, narrow=narrow, prefill=prefill)
+    found = run_kernels(case, kernels, device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=2e-6, rtol=0)
