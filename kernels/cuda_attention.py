@@ -92,12 +92,13 @@ def choose_kernels(
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step's plan on the host, int32: work items of decode, tiles of prefill (num_tiles, TILE_FIELDS), the page
-    ids, and visible_lens (num_tokens,), the keys each token sees."""
+    ids, in pages of page_size, and visible_lens (num_tokens,), the keys each token sees."""
 
     tree: TreePlan
     tiles: Int32Array
     kv_indices: Int32Array
     visible_lens: Int32Array
+    page_size: int
 
 
 def plan_step(layout: PagedLayout, kernels: Kernels) -> StepPlan:
@@ -119,23 +120,29 @@ def plan_step(layout: PagedLayout, kernels: Kernels) -> StepPlan:
         ),
         layout.kv_indices,
         visible_lens.astype(np.int32),
+        layout.page_size,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """Which kernels a step launches; a captured graph's may launch more than a plan needs, never fewer."""
+    """Which kernels a step launches; a captured graph's may launch more than a plan needs, never fewer.
+
+    page_size: of the plan's page ids, which need not be that of the pool: a trie of choices is planned slot by slot.
+    """
 
     narrow: bool
     wide: bool
     num_tiles: int
+    page_size: int
 
     @classmethod
     def of(cls, plan: StepPlan) -> Launches:
-        return cls(len(plan.tree.narrow) > 0, len(plan.tree.wide) > 0, len(plan.tiles))
+        return cls(len(plan.tree.narrow) > 0, len(plan.tree.wide) > 0, len(plan.tiles), plan.page_size)
 
     def cover(self, other: Launches) -> bool:
-        return self.narrow >= other.narrow and self.wide >= other.wide and self.num_tiles >= other.num_tiles
+        more = self.narrow >= other.narrow and self.wide >= other.wide and self.num_tiles >= other.num_tiles
+        return more and self.page_size == other.page_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +255,7 @@ def run(
     assert len(q) <= buffers.capacity.num_tokens, "more queries than the buffers' tokens"
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv = kv.in_pages_of(launches.page_size)
     if launches.num_tiles:
         tiles = buffers.tiles[: launches.num_tiles]
         prefill_attention(

@@ -46,6 +46,14 @@ class PagedKV:
     def page_size(self) -> int:
         return self.k.shape[1]
 
+    def in_pages_of(self, page_size: int) -> PagedKV:
+        """Return the same slots counted in pages of another size, which divides them all."""
+        if page_size == self.page_size:
+            return self
+        slots = (self.k.shape[0] * self.k.shape[1] // page_size, page_size)
+        sides = (None if t is None else t.view(*slots, *t.shape[2:]) for t in (self.v, self.k_scales, self.v_scales))
+        return PagedKV(self.k.view(*slots, *self.k.shape[2:]), *sides)  # type: ignore[arg-type]
+
     @property
     def num_kv_heads(self) -> int:
         return self.k.shape[2]

@@ -17,9 +17,9 @@ class KVPool:
     """K and V of `num_pages` pages of `page_size` slots.
 
     k[layer], v[layer]: (num_pages, page_size, num_kv_heads, head_dim), contiguous. In int8 and float8 each token and
-    head has a scale in k_scales[layer], v_scales[layer]: (num_pages, page_size, num_kv_heads) float32; these lists are empty
-    otherwise. layers: the same tensors, as kernels take them. The memory is not touched before it is written, so an
-    unused page costs no RAM; what an unwritten slot holds is undefined, NaN included, and attention never reads it.
+    head has a scale in k_scales[layer], v_scales[layer]: (num_pages, page_size, num_kv_heads) float32; these lists are
+    empty otherwise. layers: the same tensors, as kernels take them. The memory is not touched before it is written, so
+    an unused page costs no RAM; what an unwritten slot holds is undefined, NaN included, and attention never reads it.
     """
 
     def __init__(

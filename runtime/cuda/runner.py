@@ -66,8 +66,8 @@ class CudaRunner(Runner):
             return self.model.forward(inputs, self.pool)
 
         self._eager = EagerSteps(forward, attention, device)
-        end = self.context_len
-        self.graphs = GraphSteps(forward, attention, device, end) if cuda_graphs else None
+        end, page_size = self.context_len, self.page_size
+        self.graphs = GraphSteps(forward, attention, device, end, page_size) if cuda_graphs else None
 
     def warm_up(self) -> None:
         """As `Runner.warm_up`; and compile what only longer prompts need, and capture decodes of up to max_running.

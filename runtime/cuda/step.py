@@ -94,17 +94,20 @@ class EagerSteps:
 
 
 class GraphSteps:
-    """Runs steps without prefill tiles, of at most `GRAPH_SIZES[-1]` tokens, as one graph for each padded size.
+    """Runs steps without prefill tiles and tries, of at most `GRAPH_SIZES[-1]` tokens, one graph per padded size.
 
     A size is captured when it is first met, after it has run once: Triton compiles at a first launch, and cuBLAS takes
     its workspace. Graphs share one memory pool, since one runs at a time and its result is used before the next.
-    end_position: above every position, so that the rotary table never moves. On a CPU (Triton's interpreter) the
-    captured work is called again instead, on the same buffers.
+    page_size: of the pool, in which these plans count. end_position: above every position, so that the rotary table
+    never moves. On a CPU (Triton's interpreter) the captured work is called again instead, on the same buffers.
     """
 
-    def __init__(self, forward: Forward, attention: Attention, device: torch.device, end_position: int) -> None:
+    def __init__(
+        self, forward: Forward, attention: Attention, device: torch.device, end_position: int, page_size: int
+    ) -> None:
         self._forward = forward
         self._device = device
+        self._page_size = page_size
         self._end_position = end_position
         self._buffers = StepBuffers(attention, device, _GRAPHS_LEAST)
         self._graphs: dict[tuple[int, Launches], _Graph] = {}
@@ -120,7 +123,9 @@ class GraphSteps:
         """Tell whether a step may run here."""
         plan = inputs.attention
         assert isinstance(plan, StepPlan)
-        return not len(plan.tiles) and len(inputs.token_ids) <= GRAPH_SIZES[-1]
+        is_small = not len(plan.tiles) and len(inputs.token_ids) <= GRAPH_SIZES[-1]
+        # A trie's plan names every slot of every node's past: buffers would grow for it, and graphs be lost.
+        return is_small and plan.page_size == self._page_size
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """Return the hidden states of the tokens wanted, (num_wanted, hidden_size); valid until the next step."""

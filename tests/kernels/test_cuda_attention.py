@@ -54,9 +54,10 @@ def test_a_captured_graph_serves_plans_that_need_no_more_than_it_launches() -> N
     kernels = choose_kernels(8, 2, 64, torch.bfloat16, (9, 0), 132)
     decode = Launches.of(plan_step(layout([(500, 1)], [True]), kernels))
     prefill = Launches.of(plan_step(layout([(500, 500)], [False]), kernels))
-    assert decode == Launches(narrow=True, wide=False, num_tiles=0)
+    assert decode == Launches(narrow=True, wide=False, num_tiles=0, page_size=16)
     assert not prefill.narrow
-    assert Launches(narrow=True, wide=True, num_tiles=0).cover(decode)
+    assert Launches(narrow=True, wide=True, num_tiles=0, page_size=16).cover(decode)
+    assert not Launches(narrow=True, wide=True, num_tiles=0, page_size=1).cover(decode)
     assert not decode.cover(prefill)
     assert not prefill.cover(decode)
 
@@ -65,7 +66,7 @@ def test_an_empty_step_needs_nothing() -> None:
     kernels = choose_kernels(8, 2, 64, torch.bfloat16, (9, 0), 132)
     plan = plan_step(layout([], []), kernels)
     assert Capacity.of(plan) == Capacity(0, 0, 0, 0, 0, 0, 0, 0)
-    assert Launches.of(plan) == Launches(narrow=False, wide=False, num_tiles=0)
+    assert Launches.of(plan) == Launches(narrow=False, wide=False, num_tiles=0, page_size=16)
 
 
 @pytest.mark.parametrize(

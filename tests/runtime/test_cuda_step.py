@@ -60,7 +60,7 @@ def test_captured_steps_pad_without_writing_and_are_captured_anew_when_buffers_m
     monkeypatch.setattr(step, "_capture", lambda work, device, pool: used.append(pool) or work)
     attention = choose_attention(4, 2, 16, torch.float32, CPU, "triton")
     forward = Recorder()
-    steps = step.GraphSteps(forward, attention, CPU, 4096)
+    steps = step.GraphSteps(forward, attention, CPU, 4096, 16)
 
     def run(width: int, context: int) -> torch.Tensor:
         inputs = build_inputs(decode_of(width, context), 16, attention.plan)

@@ -223,7 +223,7 @@ def test_buffers_and_launches_larger_than_a_plan_leave_other_tokens_alone(device
     needed = Capacity.of(plan)
     larger = Capacity(*(getattr(needed, name) + 5 for name in Capacity.__slots__))
     buffers = PlanBuffers(larger, case.q.shape[1], case.q.shape[2], device)
-    launches = Launches(narrow=True, wide=True, num_tiles=3)
+    launches = Launches(narrow=True, wide=True, num_tiles=3, page_size=case.layout.page_size)
     assert launches.cover(Launches.of(plan))
     rows = torch.cat([case.q, torch.full_like(case.q[:4], torch.nan)]).to(device)
     kv = PagedKV(case.k_pages.to(device), case.v_pages.to(device))

@@ -14,12 +14,16 @@ from tiny_models import CONTEXT_LEN, Text, generate, random_ids, texts, tiny_mod
 from bough.kernels.reference import dequantised
 from bough.runtime import sampler
 from bough.runtime.batch import Batch, PageCopy, Row, SampleRequest
+from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.cuda.runner import CudaRunner
 from bough.runtime.cuda.sampler import sample
 from bough.runtime.grammar.constraint import Words
 from bough.runtime.grammar.masks import Masks
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.runner import Runner, load_runner
+from bough.runtime.scheduler import Scheduler
+from bough.runtime.sequence import Sequence
+from bough.runtime.trie import TokenTrie
 
 # Padding's rows hold what lay in memory; no other row reads them.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -117,6 +121,24 @@ def test_scores_are_those_of_the_cpu(device: torch.device, kv_dtype: str | None,
     torch.testing.assert_close(keys[1], keys[0], atol=1e-3 if kv_dtype != "int8" else 0.1, rtol=0.0626)
     np.testing.assert_allclose(scores[1], scores[0], atol=1e-3 if kv_dtype != "fp8" else 0.5)
     assert kv_dtype != "fp8" or not np.allclose(scores[1], scores[0], atol=1e-4)
+
+
+def test_choices_are_scored_as_on_the_cpu(device: torch.device) -> None:
+    """A trie's plan counts in slots, whatever the pool's pages: nodes lie scattered, and paths cross."""
+    choices = [[5, 9, 9, 4], [5, 9, 3], [5, 8, 1], [7, 2, 3]]
+    found = []
+    for runner in (cpu_runner("llama_tied"), gpu_runner("llama_tied", device)):
+        scheduler = Scheduler(PrefixCache(runner.num_pages, runner.page_size), token_budget=64, max_running=4)
+        sequence = Sequence(random_ids(14, seed=8), trie=TokenTrie(choices))
+        scheduler.submit(sequence)
+        step = scheduler.plan()
+        assert step is not None
+        assert step.batch.rows[0].trie is not None
+        (outcome,) = scheduler.commit(step, runner.execute(step.batch))
+        assert outcome.result.score_logprobs is not None
+        found.append(outcome.result.score_logprobs)
+    assert len(found[0]) == 10, "every different token once"
+    np.testing.assert_allclose(found[1], found[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
