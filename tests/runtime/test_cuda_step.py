@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -23,10 +27,13 @@ CPU = torch.device("cpu")
 def test_what_is_uploaded_together_is_aligned_alike_whatever_its_lengths() -> None:
     """Triton compiles a kernel for pointers that are multiples of 16 and another for those that are not."""
     for rows in range(1, 20):
-        arrays = [np.arange(rows, dtype=np.float64), np.arange(rows, dtype=np.float32), np.arange(7, dtype=np.int32)]
-        there = upload([*arrays, np.zeros(0, dtype=np.int32), arrays[0]], CPU)
+        arrays: list[npt.NDArray[Any]] = [
+            np.arange(rows, dtype=np.float64), np.arange(rows, dtype=np.float32), np.arange(7, dtype=np.int32),
+            np.zeros(0, dtype=np.int32), np.arange(rows, dtype=np.float64),
+        ]  # fmt: skip
+        there = upload(arrays, CPU)
         assert all(tensor.data_ptr() % 16 == 0 for tensor in there)
-        for tensor, array in zip(there, [*arrays, np.zeros(0), arrays[0]], strict=True):
+        for tensor, array in zip(there, arrays, strict=True):
             assert tensor.tolist() == array.tolist()
 
 
@@ -56,8 +63,17 @@ def test_captured_steps_pad_without_writing_and_are_captured_anew_when_buffers_m
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that a CPU may plan for an imagined GPU
     pools: list[object] = []
     used: list[object] = []
-    monkeypatch.setattr(step, "_memory_pool", lambda device: pools.append(object()) or pools[-1])
-    monkeypatch.setattr(step, "_capture", lambda work, device, pool: used.append(pool) or work)
+
+    def memory_pool(device: torch.device) -> object:
+        pools.append(object())
+        return pools[-1]
+
+    def capture(work: Callable[[], torch.Tensor], device: torch.device, pool: object) -> Callable[[], torch.Tensor]:
+        used.append(pool)
+        return work
+
+    monkeypatch.setattr(step, "_memory_pool", memory_pool)
+    monkeypatch.setattr(step, "_capture", capture)
     attention = choose_attention(4, 2, 16, torch.float32, CPU, "triton")
     forward = Recorder()
     steps = step.GraphSteps(forward, attention, CPU, 4096, 16)
