@@ -183,7 +183,7 @@ def _kv_write_variants(arch: Arch, kv_dtype: str, largest: float, head_dim: int)
     blocks: dict[str, Any] = {"BLOCK_D": padded_head_dim(head_dim)}
     name = f"store_kv_d{head_dim}_{kv_dtype}"
     yield Variant(name, arch, store_kv.store_kv_kernel, pages | types, constants | blocks, 1)
-    types = {"qkv": "*bf16", "positions": "*i64", "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "q_weight": "*bf16",
+    types = {"qkv": "*bf16", "positions": "*i32", "cos": "*fp32", "sin": "*fp32", "slots": "*i32", "q_weight": "*bf16",
              "k_weight": "*bf16", "eps": "fp32", "stride": "i32"}  # fmt: skip
     half = triton.next_power_of_2(head_dim // 2)
     for group in (1, 8):
@@ -195,18 +195,26 @@ def _kv_write_variants(arch: Arch, kv_dtype: str, largest: float, head_dim: int)
             yield Variant(name, arch, kernel, pages | types, constants | blocks, rope.warps_for(group))
 
 
+def is_aligned(name: str, kind: str) -> bool:
+    """Tell whether an argument is a multiple of 16 at a launch, which Triton compiles for.
+
+    PyTorch's allocations and our buffers' parts are, and rows of our shapes; masks' rows are 4,008 words for 128,256
+    tokens.
+    """
+    return kind.startswith("*") or (name.endswith("stride") and name != "mask_stride")
+
+
 def resources_of(variant: Variant) -> Resources:
     """Compile a variant (about a second; Triton keeps results on disk) and return what it takes."""
     names = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     assert {name for name in names if name not in variant.types} == set(variant.constants), variant.name
-    # As at a launch: PyTorch's allocations, and the strides of our shapes, are multiples of 16.
-    is_aligned = [signature[name].startswith("*") or name.endswith("stride") for name in names]
+    aligned = [is_aligned(name, signature[name]) for name in names]
     source = ASTSource(
         variant.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, aligned in enumerate(is_aligned) if aligned},
+        attrs={(i,): [["tt.divisibility", 16]] for i, is_so in enumerate(aligned) if is_so},
     )
     major, minor = variant.arch
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
