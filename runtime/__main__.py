@@ -185,7 +185,8 @@ def _build(
     from bough.runtime.grammar.compiler import GrammarCompiler
     from bough.runtime.grammar.vetting import Vetter
     from bough.runtime.grammar.vocabulary import Vocabulary
-    from bough.runtime.inflight import Executor, InFlight
+    from bough.runtime.inflight import InFlight
+    from bough.runtime.pipeline import Executor
     from bough.runtime.prompter import Prompter
     from bough.runtime.runner import load_runner
     from bough.runtime.scheduler import Scheduler

@@ -33,8 +33,9 @@ class SampleRequest(msgspec.Struct, frozen=True):
     """How to draw the next token of a row: parameters, and what they refer to.
 
     seed keys the counter-based generator together with the position of the drawn token (`position`), so that a draw
-    does not depend on the batch. generated: the ids this operation has drawn so far; prompt: the ids before them
-    (given only when repetition_penalty asks for it). forbidden: ids that must not be drawn now (min_tokens).
+    does not depend on the batch. generated: the ids this operation has drawn so far, but for one that the host does not
+    know yet (`Row.drawn_by`); prompt: the ids before them (given only when repetition_penalty asks for it). forbidden:
+    ids that must not be drawn now (min_tokens).
     constraint: which ids may be drawn at all; forbidden ids then may, where nothing else may. is_forced: the last
     token was not drawn but forced by a grammar, so that it is computed as a prompt is.
     """
@@ -79,6 +80,8 @@ class Row(msgspec.Struct, frozen=True):
     trie: None, or what stands elsewhere than start says; pages then holds all pages of the row.
     draft: how many of the last token_ids nobody drew yet. A row that samples draws after the token before them, and
     then after each of them as long as they are what was drawn.
+    drawn_by: None, or the row of the step launched before whose draw is this row's one token, when it is not known yet
+    on the host; token_ids then holds a 0 in its place.
     """
 
     token_ids: IntArray
@@ -89,6 +92,7 @@ class Row(msgspec.Struct, frozen=True):
     score_at: IntArray | None = None
     trie: TrieShare | None = None
     draft: int = 0
+    drawn_by: int | None = None
 
     def draws(self) -> list[SampleRequest]:
         """Return how to draw after each token that is followed by a draw: 1 + draft requests, or none."""

@@ -196,6 +196,7 @@ class Composer:
             seed=seed,
             forbidden_early=(*self._prompter.tokenizer.eos_ids, *params.stop_token_ids) if params.min_tokens else (),
             constraint=self._constraint(request, key, taken, self._context_len - len(tokens)),
+            most_len=min(self._context_len, len(tokens) + params.max_tokens),
         )
         generation = Generation(operation, request, sequence, self._prompter.tokenizer, self._context_len, taken)
         generation.credit = self._credit

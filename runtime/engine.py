@@ -494,7 +494,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step could do something now."""
-        return self.scheduler.has_work
+        return self._in_flight.has_work
 
     @property
     def num_unfinished(self) -> int:

@@ -1,9 +1,12 @@
 """`InFlight`: the work that runs: from operations to the scheduler's sequences, and from a step's outcomes back.
 
 step = scheduler.plan()            which tokens of which sequences
-results = runner.execute(batch)    the only slow part
+pipeline.launch(step)              the only slow part, on a device beside the rest
 outcomes = scheduler.commit(...)   advance, publish
 settle                             text, stops, deltas; what is complete, what failed
+
+Where steps overlap, step k + 1 is planned and launched before step k is taken back, so text, stops, cancels and
+deadlines take effect one step late: what has ended by then has computed one token for nothing.
 """
 
 from __future__ import annotations
@@ -13,24 +16,16 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-from bough.runtime.batch import Batch, RowResult
 from bough.runtime.lifecycle import Status
+from bough.runtime.pipeline import Executor, Launcher, Pipeline
 from bough.runtime.protocol import RequestError
 from bough.runtime.scheduler import Outcome, Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.work import Generation, Work
 
 log = logging.getLogger(__name__)
-
-
-class Executor(Protocol):
-    """What is needed of a runner."""
-
-    def execute(self, batch: Batch) -> Items[RowResult]:
-        """Compute a step; one result per row."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +37,22 @@ class Ended:
 
 
 class InFlight:
-    """Which work each running sequence belongs to. The engine is the only caller."""
+    """Which work each running sequence belongs to. The engine is the only caller.
+
+    executor: the runner; launcher: the same, if steps shall overlap.
+    """
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, *, credit: int, clock: Callable[[], float] = time.monotonic
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        launcher: Launcher[Any] | None = None,
+        credit: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
-        self._executor = executor
+        self._pipeline = Pipeline(executor, launcher)
         self._credit = credit
         self._clock = clock
         self._work: dict[Sequence, Work] = {}
@@ -56,6 +60,11 @@ class InFlight:
 
     def __len__(self) -> int:
         return len(self._work)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something now, or one is to be taken back."""
+        return len(self._pipeline) > 0 or self._scheduler.has_work
 
     def start(self, work: Work) -> bool:
         """Hand the work's sequences to the scheduler; False if it is complete without. Raises what `submit` raises."""
@@ -81,9 +90,12 @@ class InFlight:
             self._scheduler.resume(work.sequences[0])
 
     def step(self) -> tuple[bool, list[Ended]]:
-        """Run one step if there is work. Returns whether something ran, and what ended."""
+        """Take back one step, with the next one launched before where it can be; if there is work.
+
+        Returns whether something ran, and what ended.
+        """
         try:
-            step = self._scheduler.plan()
+            self._launch()
         except Exception as error:
             self._heal("a plan could not be made")
             # Once may be broken bookkeeping, which is mended now; twice running, it is the work itself.
@@ -91,14 +103,13 @@ class InFlight:
             return True, self._lose(list(self._work), error) if self._failed_plans > 1 else []
         self._failed_plans = 0
         ended = [self._stopped(self._work[s], self._exhausted(s)) for s in self._scheduler.take_exhausted()]
-        if step is None:
+        if not self._pipeline:
             return False, ended
-        try:
-            results = self._executor.execute(step.batch)
-        except Exception as error:
-            log.exception("a step failed; its operations fail with it")
+        step, results = self._pipeline.take()
+        if isinstance(results, Exception):
+            log.error("a step failed; its operations fail with it", exc_info=results)
             self._scheduler.retire()
-            return True, ended + self._lose(step.sequences, error)
+            return True, ended + self._lose(step.sequences, results)
         try:
             outcomes = self._scheduler.commit(step, results)
         except Exception as error:
@@ -107,6 +118,18 @@ class InFlight:
         for outcome in outcomes:
             ended.extend(self._settle(outcome))
         return True, ended
+
+    def _launch(self) -> None:
+        """Plan and launch a step if none is in flight; where steps overlap, one more. Raises what planning raises."""
+        if not self._pipeline:
+            step = self._scheduler.plan()
+            if step is None:
+                return
+            self._pipeline.launch(step)
+        before = self._pipeline.open_end
+        ahead = self._scheduler.plan(before) if before is not None else None
+        if ahead is not None:
+            self._pipeline.launch(ahead)
 
     def check(self) -> None:
         """Look whether tree, pages and leases still agree; if not, start the cache anew. O(everything): when idle."""
@@ -118,6 +141,7 @@ class InFlight:
     def _heal(self, what: str) -> None:
         """Go on after a bug of ours in the bookkeeping: the cache is rebuilt, what ran is computed again."""
         log.exception("%s: the cache is rebuilt", what)
+        self._pipeline.abandon()  # what it computes belongs to the old cache
         self._scheduler.rebuild()
 
     def _lose(self, sequences: Items[Sequence], error: Exception) -> list[Ended]:

@@ -168,6 +168,8 @@ def is_decode(row: Row) -> bool:
     was cached or however it was cut into chunks.
     """
     sample = row.sample
+    if row.drawn_by is not None:
+        return True
     return len(row.token_ids) == 1 and sample is not None and len(sample.generated) > 0 and not sample.is_forced
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from bough.runtime.batch import Batch, RowResult
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.grammar.compiler import GrammarKey
-from bough.runtime.inflight import Executor
+from bough.runtime.pipeline import Executor
 from bough.runtime.protocol import RequestError
 
 
@@ -123,6 +123,7 @@ def plan_digest(batch: Batch) -> bytes:
             digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
         if row.sample is not None:
             digest.update(f"{row.sample.seed} {row.sample.position} {row.sample.forbidden}".encode())
+        assert row.drawn_by is None, "with a journal no step is planned before the results of the last are known"
     return digest.digest()
 
 

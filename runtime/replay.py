@@ -21,9 +21,10 @@ from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
 from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.vocabulary import Vocabulary
-from bough.runtime.inflight import Executor, InFlight
+from bough.runtime.inflight import InFlight
 from bough.runtime.journal import plan_digest, read_events, unpacked
 from bough.runtime.models.folder import resolve_model
+from bough.runtime.pipeline import Executor
 from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import ProtocolError, RequestError, decode_request
 from bough.runtime.scheduler import Scheduler

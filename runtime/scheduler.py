@@ -4,6 +4,12 @@ One token budget per step is shared by the decodes of all running sequences and 
 A sequence is admitted when pages for all its tokens can be had; later growth may run out of pages, and then the
 newest sequence is preempted: its KV is published before its pages are released, so that resuming is mostly a hit.
 The oldest running sequence is never preempted for another, so there is always progress.
+
+A step may be planned ahead, while the results of the one before are not known: of a sequence that draws there, it is
+known that it will have one token more, hence positions, pages and counts; only the token's value stays on the device.
+What would need more than that (a grammar, penalties, pages that somebody has to give up) is not planned ahead.
+A sequence that ends, is preempted or paused meanwhile has a row in the step planned ahead, which it forgets: the row
+counts for nothing, and pages given back are in limbo until that step is over (see `PageAllocator`).
 """
 
 from __future__ import annotations
@@ -152,6 +158,7 @@ class Scheduler:
     def pause(self, sequence: Sequence) -> None:
         """Stop scheduling a sequence; it keeps its pages, but is the first to be preempted."""
         sequence.is_paused = True
+        sequence.forget_rows(sequence.num_computed)
 
     def resume(self, sequence: Sequence) -> None:
         """Take back `pause`."""
@@ -164,37 +171,53 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ plan
 
-    def plan(self) -> Step | None:
-        """Choose what the next step computes and make sure that it has pages. None if there is nothing to do."""
+    def plan(self, ahead_of: Step | None = None) -> Step | None:
+        """Choose what the next step computes and make sure that it has pages. None if there is nothing to do.
+
+        ahead_of: the step in flight, if its results are not committed yet. None is returned also if they are needed.
+        """
+        if ahead_of is not None and any(s.waits_for_values and not s.is_paused for s in self.running):
+            return None
         rows: dict[Sequence, int] = {}
         copies: list[PageCopy] = []
         budget = self._token_budget
         num_preempted = self.counters.preemptions
         self._clocks.append(self.cache.tree.clock)
-        for sequence in [s for s in self.running if not s.is_prefilling or s.is_jumping]:
+        for sequence in [s for s in self.running if s.decodes_next and s.num_left]:
+            if ahead_of is not None and not sequence.is_paused and not self._has_slots(sequence):
+                return None  # once nothing is in flight, preempting gives pages at once
             if budget and self._can_decode(sequence, rows):
-                rows[sequence] = min(sequence.goal - sequence.num_computed, budget)
+                rows[sequence] = min(sequence.num_left, budget)
                 budget -= rows[sequence]
         for sequence in self.running:
-            if budget and sequence.is_prefilling and not sequence.is_paused and sequence not in rows:
+            if budget and not sequence.decodes_next and not sequence.is_paused and sequence not in rows:
                 rows[sequence] = sequence.most_new(budget)
                 budget -= rows[sequence]
         if num_preempted == self.counters.preemptions:
-            self._admit(budget, rows, copies)
-        if not rows:
-            return None
+            self._admit(budget, rows, copies, may_exhaust=ahead_of is None)
+        return self._step_of(rows, copies, ahead_of) if rows else None
+
+    def _step_of(self, rows: dict[Sequence, int], copies: Items[PageCopy], ahead_of: Step | None) -> Step:
+        """Make a step of so many new tokens of each sequence; it counts as in flight from now on."""
         drafts = self._drafts(rows)
         self.cache.allocator.begin_step()
+        before = {} if ahead_of is None else {s: row for row, s in enumerate(ahead_of.sequences)}
         size = self.cache.page_size
-        batch = Batch(tuple(s.row(num_new, size, drafts.get(s)) for s, num_new in rows.items()), tuple(copies))
-        return Step(batch, tuple(rows))
+        planned = [
+            s.plan_row(num_new, size, before[s] if s.num_due else None, drafts.get(s)) for s, num_new in rows.items()
+        ]
+        return Step(Batch(tuple(planned), tuple(copies)), tuple(rows))
+
+    def _has_slots(self, sequence: Sequence) -> bool:
+        """Reserve the slots of the tokens appended last, and of one that is drawn now."""
+        assert sequence.lease is not None
+        return self.cache.reserve(sequence.lease, sequence.num_slots)
 
     def _can_decode(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Reserve the slots of the tokens appended last, preempting newer sequences if need be."""
+        """See to its slots, preempting newer sequences if need be."""
         if sequence.is_paused or sequence.status is not Status.RUNNING:
             return False
-        assert sequence.lease is not None
-        while not self.cache.reserve(sequence.lease, len(sequence.tokens)):
+        while not self._has_slots(sequence):
             victim = self._victim(planned)
             self.preempt(victim)  # alone, it comes back without a prefix that pins pages, or is told that it cannot
             if victim is sequence:
@@ -251,7 +274,8 @@ class Scheduler:
 
     def _lose_pages(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
-        sequence.num_lost, sequence.num_computed = sequence.num_computed, 0
+        sequence.num_lost = sequence.num_computed
+        sequence.forget_rows(0)
         sequence.num_preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -259,11 +283,17 @@ class Scheduler:
         self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
         self.cache.release(sequence.lease)
         sequence.lease = None
+        sequence.forget_rows(sequence.num_computed)
 
     # ------------------------------------------------------------------------------------------ admit
 
-    def _admit(self, budget: int, rows: dict[Sequence, int], copies: list[PageCopy]) -> None:
-        """Start waiting sequences while budget, places and pages last; stop at the first that does not fit."""
+    def _admit(
+        self, budget: int, rows: dict[Sequence, int], copies: list[PageCopy], *, may_exhaust: bool = True
+    ) -> None:
+        """Start waiting sequences while budget, places and pages last; stop at the first that does not fit.
+
+        may_exhaust: whether all pages are in use or free, none in limbo, so that one may be found not to fit ever.
+        """
         if budget <= 0 or not self.num_waiting:
             return
         if len(self.running) >= self._max_running and not self._preempt_paused():
@@ -281,7 +311,7 @@ class Scheduler:
                 headroom=self._headroom(sequence),
                 used_until=self._clocks[0] if self.running else None,
             )
-            if lease is None and not self.running:
+            if lease is None and not self.running and may_exhaust:
                 # A cached prefix can pin more pages than its tokens need, where edges meet inside a page: do without.
                 tokens = sequence.tokens.view(0, sequence.num_slots)
                 lease = self.cache.acquire(sequence.namespace, tokens, limit=0, headroom=0)
@@ -293,7 +323,7 @@ class Scheduler:
                 return
             self._start(sequence)
             sequence.lease = lease
-            sequence.num_computed = lease.matched
+            sequence.forget_rows(lease.matched)
             self._count_prompt(sequence)
             if lease.copy is not None:
                 copies.append(lease.copy)
@@ -383,15 +413,19 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------ commit
 
     def commit(self, step: Step, results: Items[RowResult]) -> list[Outcome]:
-        """Take in what a step computed: advance, append drawn tokens, publish. Returns one outcome per row."""
+        """Take in what the oldest step in flight computed: advance, append drawn tokens, publish.
+
+        Returns one outcome per row, but for those that their sequences have forgotten since it was planned.
+        """
         self.retire()
         self.counters.steps += 1
         outcomes: list[Outcome] = []
         for sequence, row, result in zip(step.sequences, step.batch.rows, results, strict=True):
-            assert sequence.lease is not None, "a sequence that was planned has lost its pages"
             was_prefilling = sequence.is_prefilling
             page = sequence.num_computed // self.cache.page_size
-            sequence.num_computed += len(row.token_ids) - row.draft + len(result.further)
+            if not sequence.land(row, len(result.further)):
+                continue
+            assert sequence.lease is not None, "a sequence that is in flight has lost its pages"
             outcomes.append(self._appended(sequence, result))
             if row.draft:
                 self._settle_draft(sequence, sequence.lease, row.draft, len(result.further))
@@ -422,7 +456,10 @@ class Scheduler:
         return Outcome(sequence, result, tokens)
 
     def rebuild(self) -> None:
-        """Start over with an empty cache; what ran is computed again. Tokens are the truth, so nothing is lost."""
+        """Start over with an empty cache; what ran is computed again. Tokens are the truth, so nothing is lost.
+
+        Nothing may be in flight: the new cache knows of no step.
+        """
         self.counters.rebuilds += 1
         self.cache = self.cache.emptied()
         self._matched.clear()
@@ -433,7 +470,7 @@ class Scheduler:
         self.running = []
 
     def retire(self) -> None:
-        """The step that was planned last is over, whatever came out: pages released since then are free."""
+        """The oldest step in flight is over, whatever came out: pages released while it was the newest are free."""
         self.cache.allocator.retire_step()
 
     def check_invariants(self) -> None:
@@ -441,7 +478,9 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
             assert sequence.lease is not None
-            assert len(sequence.lease.row) * self.cache.page_size >= min(sequence.num_computed, sequence.num_slots)
+            assert len(sequence.lease.row) * self.cache.page_size >= min(sequence.num_planned, sequence.num_slots)
+            is_settled = sequence.num_planned == sequence.num_computed and not sequence.num_due
+            assert is_settled or self.cache.allocator.num_steps, "tokens are due from a step that does not run"
         for sequence in (*self._waiting, *self._preempted):
             assert sequence.status is Status.WAITING
             assert sequence.lease is None

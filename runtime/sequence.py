@@ -15,6 +15,7 @@ from bough.runtime.speculation import Pace
 from bough.runtime.trie import ROOT, TokenTrie, segments
 from bough.runtime.vector import IntArray, IntVector
 
+_UNKNOWN: IntArray = np.zeros(1, dtype=np.int32)
 _MOST_INDEX = 1 << 21  # slots that the nodes of one step may read, together: about 60 MB of index
 
 
@@ -34,11 +35,15 @@ class Sequence:
     goal: how many leading tokens must be computed before the sequence draws or is done. prefill_until: below that many
     it is prefilling, what it computes is its prompt or was lost to a preemption; above, it is the token drawn last.
     num_lost: how many tokens were computed when it was preempted last. room: slots for a trie's nodes.
+    num_planned: how many tokens are computed once the steps in flight have ended; num_due: how many tokens these steps
+    draw, which nobody knows yet. Without steps in flight num_computed and 0. most_len: it draws no token at or beyond
+    this position.
     constraint: what may be drawn; what it forces at the beginning follows the prompt at once. num_jumped: how many
     tokens at the end were forced, not drawn. pace: how drafts of what it draws next have done.
     """
 
     __slots__ = (
+        "_flying",
         "_status",
         "admitted_at",
         "arrival",
@@ -49,10 +54,13 @@ class Sequence:
         "goal",
         "is_paused",
         "lease",
+        "most_len",
         "namespace",
         "num_computed",
+        "num_due",
         "num_jumped",
         "num_lost",
+        "num_planned",
         "num_preemptions",
         "pace",
         "params",
@@ -75,9 +83,11 @@ class Sequence:
         trie: TokenTrie | None = None,
         forbidden_early: tuple[int, ...] = (),
         constraint: Constraint | None = None,
+        most_len: int | None = None,
     ) -> None:
         assert (params is None) != (trie is None), "a sequence either generates or scores"
         self.prompt_len = len(tokens)
+        self.most_len = len(tokens) + (params.max_tokens if params else 0) if most_len is None else most_len
         self.trie = trie
         if trie is not None:
             self.room = len(trie)
@@ -98,6 +108,9 @@ class Sequence:
         self._status = Status.WAITING
         self.lease: Lease | None = None
         self.num_computed = 0
+        self.num_planned = 0
+        self.num_due = 0
+        self._flying: list[Row] = []  # its rows in steps in flight that count, oldest first
         self.is_paused = False
         self.arrival = 0
         self.admitted_at: float | None = None
@@ -127,9 +140,35 @@ class Sequence:
         return self.num_computed < self.prefill_until
 
     @property
+    def decodes_next(self) -> bool:
+        """Whether the next step computes what was drawn last and was forced after it, not a prompt."""
+        return self.num_planned >= self.prefill_until or self.is_jumping
+
+    @property
+    def waits_for_values(self) -> bool:
+        """Whether what it does next depends on which token a step in flight draws, not only on there being one.
+
+        A grammar goes on from the token; penalties count it; a draft holds as far as it says what is drawn.
+        """
+        if not self.num_due or self.params is None:
+            return False
+        if self._flying[-1].draft:
+            return True
+        p = self.params
+        is_held = self.constraint is not None and not self.constraint.is_free
+        return is_held or p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens can be computed before the next draw; 0 if the steps in flight may be all it needs."""
+        if self.num_due and len(self.tokens) + self.num_due >= self.most_len:
+            return 0
+        return self.goal + self.num_due - self.num_planned
+
+    @property
     def num_slots(self) -> int:
         """How many slots hold the KV of all tokens."""
-        return len(self.tokens) if self.trie is None else self.prompt_len + self.room
+        return len(self.tokens) + self.num_due if self.trie is None else self.prompt_len + self.room
 
     @property
     def least_slots(self) -> int:
@@ -148,15 +187,16 @@ class Sequence:
 
     def most_new(self, budget: int) -> int:
         """Return how many tokens the next step may compute, of `budget`."""
-        count = min(self.goal - self.num_computed, budget)
-        if self.trie is None or self.num_computed + count <= self.prompt_len:
+        done = self.num_planned
+        count = min(self.num_left, budget)
+        if self.trie is None or done + count <= self.prompt_len:
             return count
         # A node reads the whole prompt by slot: its index takes memory in proportion.
-        count = min(count, max(self.prompt_len - self.num_computed, 0) + max(_MOST_INDEX // self.num_slots, 16))
+        count = min(count, max(self.prompt_len - done, 0) + max(_MOST_INDEX // self.num_slots, 16))
         if self.room < len(self.trie):
-            first = max(self.num_computed - self.prompt_len, 0)
+            first = max(done - self.prompt_len, 0)
             kept = int(self.trie.depths[first])
-            count = min(count, max(self.prompt_len - self.num_computed, 0) + self.room - kept)
+            count = min(count, max(self.prompt_len - done, 0) + self.room - kept)
         return count
 
     def append(self, token: int) -> tuple[int, ...]:
@@ -174,7 +214,7 @@ class Sequence:
     @property
     def is_jumping(self) -> bool:
         """Whether what is to be computed is the token drawn last and those that a grammar forced after it."""
-        return self.num_jumped > 0 and self.num_computed == self.goal - 1 - self.num_jumped
+        return self.num_jumped > 0 and self.num_planned == self.goal - 1 - self.num_jumped
 
     @property
     def generated(self) -> IntArray:
@@ -187,24 +227,57 @@ class Sequence:
         return (
             self.params is not None
             and self.constraint is None
-            and not self.is_prefilling
-            and self.num_computed == self.goal - 1 >= self.prompt_len
+            and not self.num_due
+            and self.num_planned >= self.prefill_until
+            and self.num_planned == self.goal - 1 >= self.prompt_len
         )
 
-    def row(self, num_new: int, page_size: int, draft: IntArray | None = None) -> Row:
-        """Return this sequence's share of a step that computes `num_new` tokens, and those of a draft after them."""
+    def plan_row(self, num_new: int, page_size: int, drawn_by: int | None = None, draft: IntArray | None = None) -> Row:
+        """Return this sequence's share of a step that computes `num_new` tokens, which is in flight from now on.
+
+        drawn_by: which row of the step before draws the token to be computed, if that is still in flight. draft:
+        tokens to compute after them that nobody drew yet.
+        """
+        row = self._row(num_new, page_size, drawn_by, draft)
+        self._flying.append(row)
+        self.num_planned += num_new
+        self.num_due += row.sample is not None
+        return row
+
+    def land(self, row: Row, num_accepted: int = 0) -> bool:
+        """The step of this row has ended: its tokens are computed. False if the sequence has forgotten the row.
+
+        num_accepted: how many tokens of a draft came true.
+        """
+        if not self._flying or self._flying[0] is not row:
+            return False
+        del self._flying[0]
+        self.num_computed += len(row.token_ids) - row.draft + num_accepted
+        self.num_planned += num_accepted
+        self.num_due -= row.sample is not None
+        return True
+
+    def forget_rows(self, num_computed: int) -> None:
+        """Go on from `num_computed` computed tokens; what steps in flight do for it counts no more."""
+        self._flying.clear()
+        self.num_computed = self.num_planned = num_computed
+        self.num_due = 0
+
+    def _row(self, num_new: int, page_size: int, drawn_by: int | None, draft: IntArray | None) -> Row:
         assert self.lease is not None, "a sequence without a lease cannot run"
-        start, stop = self.num_computed, self.num_computed + num_new
+        start, stop = self.num_planned, self.num_planned + num_new
         if self.trie is not None:
             return self._score_row(self.trie, self.lease, start, stop, page_size)
-        token_ids = self.tokens.view(start, stop)
+        assert (self.num_due == 0) == (drawn_by is None), "a token that is not known yet is drawn by a row in flight"
+        token_ids = self.tokens.view(start, stop) if drawn_by is None else _UNKNOWN
         num_draft = 0 if draft is None else len(draft)
         return Row(
             token_ids=token_ids.copy() if draft is None else np.concatenate([token_ids, draft]),
             start=start,
             pages=self.lease.row.view(0, -(-(stop + num_draft) // page_size)),
-            sample=self._sample_request() if stop == self.goal else None,
+            sample=self._sample_request() if stop == self.goal + self.num_due else None,
             draft=num_draft,
+            drawn_by=drawn_by,
         )
 
     def _score_row(self, trie: TokenTrie, lease: Lease, start: int, stop: int, page_size: int) -> Row:
@@ -248,10 +321,10 @@ class Sequence:
         return SampleRequest(
             params=self.params,
             seed=self.seed,
-            position=len(self.tokens),
+            position=len(self.tokens) + self.num_due,
             generated=generated,
             prompt=self.tokens.view(0, self.prompt_len if self.params.repetition_penalty != 1.0 else 0),
-            forbidden=self.forbidden_early if len(generated) < self.params.min_tokens else (),
+            forbidden=self.forbidden_early if len(generated) + self.num_due < self.params.min_tokens else (),
             constraint=None if self.constraint is None or self.constraint.is_free else self.constraint,
-            is_forced=self.num_jumped > 0,
+            is_forced=self.num_jumped > 0 and not self.num_due,
         )

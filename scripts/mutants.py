@@ -100,11 +100,12 @@ MUTANTS = (
     Mutant(
         "a page is free before the step retired",
         ALLOCATOR,
-        "(self._limbo if self._is_step_in_flight else self._free)",
+        "(self._limbo[-1] if self._limbo else self._free)",
         "self._free",
     ),
-    Mutant("a page in limbo is lost", ALLOCATOR, "        self._free.extend(self._limbo)\n", ""),
-    Mutant("a page in limbo is freed twice", ALLOCATOR, "        self._limbo.clear()\n", ""),
+    Mutant("a page in limbo is free after the step before", ALLOCATOR, "self._limbo[-1] if", "self._limbo[0] if"),
+    Mutant("a page in limbo is lost", ALLOCATOR, "self._free.extend(self._limbo.popleft())", "self._limbo.popleft()"),
+    Mutant("a page in limbo is freed twice", ALLOCATOR, "self._limbo.popleft())", "self._limbo[0])"),
     Mutant("a step is never fenced", SCHEDULER, "        self.cache.allocator.begin_step()\n", ""),
     # ------------------------------------------------------------------------------------------ sequences
     Mutant(
@@ -146,8 +147,8 @@ MUTANTS = (
     Mutant(
         "min_tokens is one too many",
         "sequence.py",
-        "len(generated) < self.params.min_tokens",
-        "len(generated) <= self.params.min_tokens",
+        "len(generated) + self.num_due < self.params.min_tokens",
+        "len(generated) + self.num_due <= self.params.min_tokens",
     ),
     # ------------------------------------------------------------------------------------------ scheduler
     Mutant(

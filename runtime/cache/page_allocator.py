@@ -6,7 +6,9 @@ when nobody holds it: freeing happens in one place, `release`, and cannot happen
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +20,25 @@ from bough.runtime.vector import IntArray
 class PageAllocator:
     """Hands out pages 0 .. num_pages - 1 and counts their holders.
 
-    A page released while a step is in flight, which may still read or write it, waits in limbo until that step is
-    retired. (One step at a time for now: nothing is released in between, and the fence costs nothing.)
+    A page released while steps are in flight, which may still read or write it, waits in limbo until the newest of
+    them is retired; steps end in the order in which they began. So whoever gets a page writes it in a step that is
+    launched after all that touched it before have ended.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
-        self._limbo: list[int] = []
-        self._is_step_in_flight = False
+        self._limbo: deque[list[int]] = deque()  # one list for each step in flight, oldest first
         self._holders: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
 
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are in flight."""
+        return len(self._limbo)
 
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` free pages, each with one holder; None, and nothing taken, if there are not that many."""
@@ -60,24 +67,23 @@ class PageAllocator:
         assert (counts >= 0).all(), "a page was released more often than it was held"
         self._holders[index] = counts
         freed: IntArray = index[counts == 0]
-        (self._limbo if self._is_step_in_flight else self._free).extend(freed.tolist())
+        (self._limbo[-1] if self._limbo else self._free).extend(freed.tolist())
         return freed
 
     def begin_step(self) -> None:
-        """From now on, what is released is not free before `retire_step`."""
-        self._is_step_in_flight = True
+        """One more step is in flight: what is released from now on is not free before it is retired."""
+        self._limbo.append([])
 
     def retire_step(self) -> None:
-        """The step in flight will not touch pages any more; idempotent."""
-        self._is_step_in_flight = False
-        self._free.extend(self._limbo)
-        self._limbo.clear()
+        """The oldest step in flight, if there is one, will not touch pages any more."""
+        if self._limbo:
+            self._free.extend(self._limbo.popleft())
 
     def state(self, page: int) -> PageState:
         """Return where a page is."""
         if self._holders[page]:
             return PageState.HELD
-        return PageState.LIMBO if page in self._limbo else PageState.FREE
+        return PageState.LIMBO if any(page in pages for pages in self._limbo) else PageState.FREE
 
     def holders(self) -> npt.NDArray[np.int32]:
         """Return a copy of the holder counts, (num_pages,), for checks."""
@@ -85,5 +91,5 @@ class PageAllocator:
 
     def check(self) -> None:
         """Raise AssertionError unless the free list is exactly the pages without a holder, each once."""
-        free = np.sort(np.asarray(self._free + self._limbo, dtype=np.int64))
+        free = np.sort(np.asarray([*self._free, *chain(*self._limbo)], dtype=np.int64))
         assert np.array_equal(free, np.flatnonzero(self._holders == 0)), "free list and holder counts disagree"

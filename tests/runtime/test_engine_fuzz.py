@@ -76,6 +76,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_waiting=st.sampled_from([3, 64, 64, 64]),
         radix_cache=st.sampled_from([True, True, True, False]),
         speculate=st.booleans(),
+        overlap=st.booleans(),
     )
     def start(
         self,
@@ -88,6 +89,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_waiting: int,
         radix_cache: bool,
         speculate: bool,
+        overlap: bool,
     ) -> None:
         self.world = World(
             num_pages=max(2, tokens // page_size),
@@ -102,6 +104,7 @@ class EngineMachine(RuleBasedStateMachine):
             radix_cache=radix_cache,
             speculate=speculate,
             credit=4,
+            overlap=overlap,
         )
         self.next_branch = 1
         for slot in range(len(TENANTS)):
@@ -424,6 +427,7 @@ class EngineMachine(RuleBasedStateMachine):
 # What a run must have met, and how often at least, in ten thousand rules: a fuzz that meets nothing proves nothing.
 MUST_SEE = {
     "step": 3000,
+    "launched ahead": 1000,
     "hit": 100,
     "eviction": 300,
     "preemption": 20,
@@ -438,7 +442,7 @@ MUST_SEE = {
     "finished by stop": 20,
     "finished by choice": 80,
     "trie in less room than it has nodes": 10,
-    "forced by a grammar": 50,
+    "forced by a grammar": 25,
     "failed: cancelled": 30,
     "failed: dependency_failed": 50,
     "failed: overloaded": 20,

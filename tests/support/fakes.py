@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
@@ -46,6 +47,9 @@ class FakeRunner:
         self.context_len = context_len
         self.kv = np.full((num_pages, page_size), FREED, dtype=np.int64)
         self.num_computed = 0
+        self.num_launched = 0
+        self.num_ahead = 0  # launched while another was in flight
+        self.pending: list[FakeStep] = []
         self.batches: list[Batch] = []
 
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -57,6 +61,14 @@ class FakeRunner:
             self.kv.reshape(-1)[self._written(row)] = row.token_ids
             self.num_computed += len(row.token_ids)
         return [self._result(row) for row in batch.rows]
+
+    def launch(self, batch: Batch, previous: FakeStep | None) -> FakeStep:
+        """The seam for steps that overlap, as a device keeps it."""
+        self.num_launched += 1
+        self.num_ahead += previous is not None
+        step = FakeStep(self, batch, previous)
+        self.pending.append(step)
+        return step
 
     def _slots_of(self, row: Row) -> list[int]:
         """The slots of the pool behind each slot of a row."""
@@ -119,6 +131,46 @@ class FakeRunner:
             allowed = allowed_ids(request, self.vocab_size)
             return allowed[token % len(allowed)]
         return next_token([*ids, token], self.vocab_size) if token in request.forbidden else token
+
+
+class FakeStep:
+    """A step in flight on a device that is as slow as can be: it computes when the host waits for it, in order.
+
+    So what the host does to pages between launch and result, and to the arrays of the batch, would show.
+    """
+
+    def __init__(self, runner: FakeRunner, batch: Batch, previous: FakeStep | None) -> None:
+        self._runner = runner
+        self.batch = Batch(tuple(map(_frozen, batch.rows)), batch.copies)
+        self._previous = previous
+        self.tokens: list[int | None] | None = None
+
+    def result(self) -> list[RowResult]:
+        """Compute it now."""
+        assert self._runner.pending.pop(0) is self, "steps are taken back once, in the order of their launches"
+        rows = tuple(map(self._known, self.batch.rows))
+        self._previous = None
+        self.tokens = []
+        results = self._runner.execute(Batch(rows, self.batch.copies))
+        self.tokens = [result.token for result in results]
+        return results
+
+    def _known(self, row: Row) -> Row:
+        if row.drawn_by is None:
+            return row
+        assert self._previous is not None, "a row goes on from a step that is not in flight"
+        assert self._previous.tokens is not None, "steps end in the order in which they were launched"
+        token = self._previous.tokens[row.drawn_by] if self._previous.tokens else 0  # 0: that step failed
+        assert token is not None, "a row goes on from one that draws nothing"
+        return msgspec.structs.replace(row, token_ids=np.array([token], dtype=np.int32))
+
+
+def _frozen(row: Row) -> Row:
+    """The row as it is now, whatever becomes of the arrays it looks at."""
+    sample = row.sample
+    if sample is not None:
+        sample = msgspec.structs.replace(sample, generated=sample.generated.copy(), prompt=sample.prompt.copy())
+    return msgspec.structs.replace(row, token_ids=row.token_ids.copy(), pages=row.pages.copy(), sample=sample)
 
 
 class FakeClock:

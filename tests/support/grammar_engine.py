@@ -13,8 +13,9 @@ from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
 from bough.runtime.grammar.compiler import GrammarCompiler
 from bough.runtime.grammar.vocabulary import Vocabulary
-from bough.runtime.inflight import Executor, InFlight
+from bough.runtime.inflight import InFlight
 from bough.runtime.models.folder import resolve_model
+from bough.runtime.pipeline import Executor
 from bough.runtime.prompter import Prompter
 from bough.runtime.protocol import (
     Buffer,

@@ -31,7 +31,7 @@ from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.matching import GrammarConstraint
 from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.inflight import InFlight
-from bough.runtime.lifecycle import Progress, Status
+from bough.runtime.lifecycle import PageState, Progress, Status
 from bough.runtime.models.folder import resolve_model
 from bough.runtime.operation import Operation
 from bough.runtime.prompter import Prompter
@@ -685,6 +685,7 @@ class World:
         context_len: int = 500,
         tenants: Sequence[str] = TENANTS,
         seen: Counter[str] | None = None,
+        overlap: bool = False,
         **config: Any,
     ) -> None:
         self.config = RuntimeConfig(**config)
@@ -703,7 +704,8 @@ class World:
         composer = Composer(
             PROMPTER, vocab_size=TOKENIZER.vocab_size, context_len=context_len, seed=1, credit=credit, grammars=GRAMMARS
         )
-        in_flight = InFlight(self.scheduler, self.runner, credit=credit, clock=self.clock)
+        launcher = self.runner if overlap else None
+        in_flight = InFlight(self.scheduler, self.runner, launcher=launcher, credit=credit, clock=self.clock)
         self.engine = Engine(self.config, self.scheduler, in_flight, composer, epoch=1, clock=self.clock)
         self.oracle = Oracle(
             self.config,
@@ -766,9 +768,11 @@ class World:
         before = self.scheduler.counters.preemptions, self.cache.num_evictions, self.runner.num_copies
         drafts = self.scheduler.counters.accepted_tokens, self.scheduler.counters.drafted_tokens
         rows = [(s, s.lease, s.lease.row.view().tolist()) for s in self.scheduler.running if s.lease is not None]
+        ahead = self.runner.num_ahead
         self.oracle.expire(self.clock.now)
         did_run = self.engine.step()
         self.seen["step"] += did_run
+        self.seen["launched ahead"] += self.runner.num_ahead - ahead
         self.seen["preemption"] += self.scheduler.counters.preemptions - before[0]
         self.seen["draft that came true"] += self.scheduler.counters.accepted_tokens - drafts[0]
         self.seen["draft that did not"] += (
@@ -895,8 +899,9 @@ class World:
         self._check_scheduler()
         self._check_branches()
         self._check_kv()
-        free = np.flatnonzero(self.cache.allocator.holders() == 0)
-        self.runner.erase(free.tolist())
+        allocator = self.cache.allocator
+        unheld = np.flatnonzero(allocator.holders() == 0).tolist()
+        self.runner.erase([page for page in unheld if allocator.state(page) is PageState.FREE])
         self.is_sound = True
 
     def _check_scheduler(self) -> None:
@@ -944,13 +949,15 @@ class World:
                 for page in node.pages.tolist():
                     assert tenant_of.setdefault(page, tenant) == tenant, "two tenants share a page"
         writable: set[int] = set()
+        uncopied = {copy.target for step in self.runner.pending for copy in step.batch.copies}
         for sequence in self.scheduler.running:
             assert sequence.lease is not None
             assert sequence.num_publishable >= sequence.lease.published or not self.config.radix_cache
             row = sequence.lease.row.view().tolist()
             for page in row:
                 assert tenant_of.setdefault(page, sequence.namespace) == sequence.namespace, "two tenants share a page"
-            self._check_slots(row, 0, sequence.tokens.view(0, sequence.num_publishable).tolist(), 0)
+            known = next((i * size for i, page in enumerate(row) if page in uncopied), sequence.num_publishable)
+            self._check_slots(row, 0, sequence.tokens.view(0, min(known, sequence.num_publishable)).tolist(), 0)
             top = sequence.lease.node
             while top.parent is not None:
                 top = top.parent
@@ -994,6 +1001,8 @@ class World:
         assert not self.scheduler.running
         assert not self.scheduler.num_waiting
         assert not self.scheduler.has_work
+        while self.engine.has_work:  # steps in flight, all of whose rows have ended
+            self.step()
         self.step()
         assert self.engine.next_deadline() is None, "what has ended still has a deadline"
         self.check()
