@@ -37,7 +37,7 @@ Program: TypeAlias = tuple[Ask, ...]
 class Trace:
     """A workload. kind: "headline", "paper" or "sweep", in order of importance; concurrency: programs at once.
 
-    width, prefix: of a sweep's point, else 0.
+    width, prefix: of a fork, else 0.
     """
 
     name: str

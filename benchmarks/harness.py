@@ -162,18 +162,18 @@ def report(
         with open(folder / f"{start['date'][:10]}-{name}.jsonl", "a") as file:
             file.write(line + "\n")
         if not options.quick:
-            _put_into_readme(name, text)
+            put_between(FOLDER / "README.md", name, text)
     print(line)
 
 
-def _put_into_readme(name: str, text: str) -> None:
-    """Replace what stands between the benchmark's two marks."""
+def put_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the file's two marks of that name. Raises ValueError if they are not there."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    readme = (FOLDER / "README.md").read_text()
-    before, _, rest = readme.partition(begin)
+    before, _, rest = path.read_text().partition(begin)
     _, found, after = rest.partition(end)
-    assert found, f"README.md has no marks {begin} and {end}"
-    (FOLDER / "README.md").write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    if not found:
+        raise ValueError(f"{path} has no marks {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def _jsonable(value: object) -> object:

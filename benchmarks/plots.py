@@ -19,6 +19,10 @@ _COLOURS: Final = {
 }
 
 
+_SWEPT: Final = ("vllm", "bough, no tree decode")
+"""The systems that the heat maps compare with, in their order; they run every fork."""
+
+
 def draw(rows: Sequence[Row], folder: Path, stem: str, where: str) -> list[Path]:
     """Draw what the rows allow; return the files. where: the line below each picture. Raises ImportError."""
     import matplotlib
@@ -26,7 +30,7 @@ def draw(rows: Sequence[Row], folder: Path, stem: str, where: str) -> list[Path]
     matplotlib.use("Agg")
     ok = [row for row in rows if row["status"] == "ok"]
     programs = [row for row in ok if row["kind"] != "sweep"]
-    sweep = [row for row in ok if row["kind"] == "sweep" and row["width"] * row["prefix"]]
+    sweep = [row for row in ok if row.get("prefix")]
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, picture in (
@@ -166,31 +170,36 @@ def _memory(rows: Sequence[Row]) -> Any:
 
 
 def _sweep(rows: Sequence[Row]) -> Any:
-    """Against fork width and prefix length: how much longer the others take."""
-    others = [row for row in rows if "times_slower" in row]
-    if not others:
+    """Fork width times prefix length: how much longer the others take, a heat map per system."""
+    others = [row for row in rows if "times_slower" in row and row["system"] in _SWEPT]
+    systems = [system for system in _SWEPT if system in _names(others, "system")]
+    if not systems:
         return None
-    figure, (axes,) = _figure()
-    styles = ["-", "--", ":", "-."]
-    for system in _names(others, "system"):
-        for place, prefix in enumerate(sorted({row["prefix"] for row in others})):
-            line = sorted(
-                (row["width"], row["times_slower"]["median"])
-                for row in others
-                if row["system"] == system and row["prefix"] == prefix
-            )
-            if line:
-                widths, slower = zip(*line, strict=True)
-                style, colour = styles[place % len(styles)], _COLOURS.get(system, "#888888")
-                axes.plot(widths, slower, style, marker="o", color=colour, label=f"{system}, prefix {prefix:,}")
-    axes.axhline(1, color=_COLOURS["bough"], lw=1.5)
-    axes.set_xscale("log", base=2)
-    every = sorted({row["width"] for row in others})
-    axes.set_xticks(every, [str(width) for width in every])
-    axes.minorticks_off()
-    axes.grid(lw=0.3)
-    axes.set_xlabel("branches of the fork")
-    axes.set_ylabel("time of the same work, bough = 1")
-    axes.set_title("Fork width and prefix length: how many times longer than bough", fontsize=11)
-    axes.legend(fontsize=8)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4 * len(systems) + 0.6, 4.4), layout="constrained")
+    layout: Any = figure.get_layout_engine()
+    layout.set(rect=(0, 0.05, 1, 0.95))
+    widths, prefixes = (sorted({row[key] for row in others}) for key in ("width", "prefix"))
+    every = [row["times_slower"]["median"] for row in others]
+    for axes, system in zip(figure.subplots(1, len(systems), squeeze=False)[0], systems, strict=True):
+        grid = np.full((len(prefixes), len(widths)), np.nan)
+        for row in others:
+            if row["system"] == system:
+                grid[prefixes.index(row["prefix"]), widths.index(row["width"])] = row["times_slower"]["median"]
+        _heat(axes, grid, max(2.0, *every))
+        axes.set_xticks(range(len(widths)), widths)
+        axes.set_yticks(range(len(prefixes)), [f"{prefix:,}" for prefix in prefixes])
+        axes.set_xlabel("branches of the fork")
+        axes.set_title(f"{system}, times bough's time", fontsize=11)
+    figure.axes[0].set_ylabel("tokens of the shared prefix")
     return figure
+
+
+def _heat(axes: Any, grid: Any, most: float) -> None:
+    """Draw ratios on a logarithmic scale around 1: green where bough is faster, purple where it is slower."""
+    axes.imshow(np.log(grid), cmap="PRGn", vmin=-np.log(most), vmax=np.log(most), origin="lower", aspect="auto")
+    for (y, x), value in np.ndenumerate(grid):
+        told = "–" if np.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.1f}"  # noqa: RUF001
+        dark = not np.isnan(value) and abs(np.log(value)) > 0.7 * np.log(most)
+        axes.text(x, y, told, ha="center", va="center", fontsize=12, color="white" if dark else "black")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 from asks import Trace
 from calls import Run
 from harness import Summary, ratio, short, table
+from traces import FIRST_TOKEN
 
 REFERENCE: Final = "bough"
 HEADERS: Final = (
     *("workload", "system", "tok/s", "bough is × faster", "TTFT p50 / p99 ms"),  # noqa: RUF001
     *("between tokens p50 / p99 ms", "program p50 s", "hit rate (best)", "peak MB", "n"),
 )
-_NONE: Final = "–"  # noqa: RUF001
+NONE: Final = "–"  # noqa: RUF001
 
 
 def figures(trace: Trace, run: Run, peak: int | None, tells_hits: bool) -> dict[str, float]:
@@ -28,21 +30,34 @@ def figures(trace: Trace, run: Run, peak: int | None, tells_hits: bool) -> dict[
         found["best_hit_rate"] = run.best_hit_rate()
     else:
         del found["hit_rate"], found["cached_tokens"]
+    if trace.name == FIRST_TOKEN:
+        found |= _first_tokens(trace, run)
     if peak is not None:
         found["peak_mb"] = peak / 1e6
     return found
 
 
+def _first_tokens(trace: Trace, run: Run) -> dict[str, float]:
+    """Return the medians of what each program's first prompt, a cold one, took to its first token, and the others."""
+    each = len(trace.programs[0])  # one at a time, so that calls are in the order of the programs
+    took = [(call.token_times[0] - call.asked_at) * 1e3 for call in run.calls]
+    cold, cached = median(took[::each]), median(ms for i, ms in enumerate(took) if i % each)
+    return {"cold_ms": cold, "cached_ms": cached, "cold_by_cached": cold / cached}
+
+
 def row(
-    trace: Trace, system: str, runs: Sequence[Mapping[str, float]], reference: Sequence[Mapping[str, float]]
+    trace: Trace,
+    system: str,
+    runs: Sequence[Mapping[str, float]],
+    both: Sequence[tuple[Mapping[str, float], Mapping[str, float]]] = (),
 ) -> dict[str, Any]:
-    """Return the row of a workload and system that ran; `reference` are bough's runs of the same repetitions."""
+    """Return the row of a workload and system that ran; `both`: its run and bough's of each repetition they share."""
     names = sorted({name for run in runs for name in run})
     summaries = {name: Summary.of(run[name] for run in runs if name in run).fields() for name in names}
     found = {**_about(trace, system), "status": "ok", "figures": summaries}
-    if reference and system != REFERENCE:
-        slower = ratio([run["wall_s"] for run in runs], [run["wall_s"] for run in reference])
-        found["times_slower"] = slower.fields()
+    if both and system != REFERENCE:
+        theirs, ours = zip(*both, strict=True)
+        found["times_slower"] = ratio([run["wall_s"] for run in theirs], [run["wall_s"] for run in ours]).fields()
     return found
 
 
@@ -51,13 +66,22 @@ def empty_row(trace: Trace, system: str, why: str) -> dict[str, Any]:
     return {**_about(trace, system), "status": why.split(":")[0], "reason": why}
 
 
-def same_answers(runs: Mapping[str, Run]) -> dict[str, float]:
-    """Return per system the share of its answers that are bough's, of those to the very same prompts; 1 if none are."""
+def same_tokens(runs: Mapping[str, Run]) -> dict[str, float]:
+    """Return per system what share of its tokens are bough's, of those that were chosen after the very same text.
+
+    Text is the same up to the first token that differs, which counts too; 1 where no prompt is the same. Random
+    weights make this hard on bfloat16: likeliest tokens are often nearly ties.
+    """
     ours = {_prompts(call.prompts): call.answer for call in runs[REFERENCE].calls} if REFERENCE in runs else {}
     shares = {}
     for system, run in runs.items():
-        both = [call.answer == ours[key] for call in run.calls if (key := _prompts(call.prompts)) in ours]
-        shares[system] = sum(both) / len(both) if both else 1.0
+        same = different = 0
+        for call in run.calls:
+            if (answer := ours.get(_prompts(call.prompts))) is not None:
+                pairs = list(zip(call.answer, answer, strict=True))
+                equal = next((i for i, (theirs, mine) in enumerate(pairs) if theirs != mine), len(pairs))
+                same, different = same + equal, different + (equal < len(pairs))
+        shares[system] = same / (same + different) if same + different else 1.0
     return shares
 
 
@@ -67,7 +91,7 @@ def _prompts(prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
 
 def _about(trace: Trace, system: str) -> dict[str, Any]:
     about = {"workload": trace.name, "kind": trace.kind, "shape": trace.shape, "system": system}
-    return {**about, "width": trace.width, "prefix": trace.prefix} if trace.kind == "sweep" else about
+    return {**about, "width": trace.width, "prefix": trace.prefix} if trace.width else about
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
@@ -78,12 +102,14 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any
             file.write(json.dumps({**about, **one}) + "\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of the file's last run: of the date that its last line has."""
+def read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each model's last run in the file, in the order of those runs."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line]
     if not rows:
         raise ValueError(f"{path} has no rows")
-    return [one for one in rows if one["environment"]["date"] == rows[-1]["environment"]["date"]]
+    last = {one["model"]: one["environment"]["date"] for one in rows}
+    models = sorted(last, key=last.__getitem__)
+    return {m: [one for one in rows if (one["model"], one["environment"]["date"]) == (m, last[m])] for m in models}
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -113,8 +139,19 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"* {system}: {reason} ({'every workload' if len(names) == num else _list(names)})"
         for (system, reason), names in reasons.items()
     ]
-    differ = [f"{r['workload']} / {r['system']} {r['same_answers']:.2f}" for r in rows if r.get("same_answers", 1) < 1]
-    return [*notes, *([f"* share of answers equal to bough's, where below 1: {_list(differ)}"] if differ else [])]
+    return [*notes, *_agreement(rows)]
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line of how far each system's tokens are bough's."""
+    shares: dict[str, list[float]] = {}
+    for one in rows:
+        if one["status"] == "ok" and one["system"] != REFERENCE:
+            shares.setdefault(one["system"], []).append(one["same_tokens"])
+    if not shares:
+        return []
+    told = [f"{system} {median(of):.2f} (least {min(of):.2f})" for system, of in shares.items()]
+    return [f"* of tokens chosen after the same text, the share that is bough's, median of workloads: {_list(told)}"]
 
 
 def _list(names: Sequence[str]) -> str:
@@ -125,18 +162,18 @@ def _line(name: str, one: Mapping[str, Any]) -> list[str]:
     found = one["figures"]
 
     def value(key: str) -> str:
-        return str(summary(found[key])) if key in found else _NONE
+        return str(summary(found[key])) if key in found else NONE
 
     def pair(key: str) -> str:
         if f"{key}_p50_ms" not in found:
-            return _NONE
+            return NONE
         return f"{short(found[f'{key}_p50_ms']['median'])} / {short(found[f'{key}_p99_ms']['median'])}"
 
-    hits = _NONE
+    hits = NONE
     if "best_hit_rate" in found:
         hits = f"{found['hit_rate']['median']:.3f} ({found['best_hit_rate']['median']:.3f})"
-    slower = str(summary(one["times_slower"])) if "times_slower" in one else _NONE
-    peak = short(found["peak_mb"]["median"]) if "peak_mb" in found else _NONE
+    slower = str(summary(one["times_slower"])) if "times_slower" in one else NONE
+    peak = short(found["peak_mb"]["median"]) if "peak_mb" in found else NONE
     speed = [value("tok_s"), slower, pair("ttft"), pair("gap"), value("program_p50_s")]
     return [name, one["system"], *speed, hits, peak, str(found["wall_s"]["n"])]
 

@@ -1,7 +1,7 @@
 """Which workload runs next on which systems, so that a budget of seconds is spent on what matters most.
 
-Every headline workload runs once, then every paper shape, then again; sweeps come after two rounds of headlines. What
-would not end within what is left is left out, and said to be.
+Everything runs once, headlines first; then headlines twice more, the paper's shapes again, and so on. What would not
+end within what is left is left out, and said to be. A system that took many times as long as bough is not repeated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from typing import Final
 
 from asks import Trace
 
-_ROUNDS: Final = ("headline", "paper", "headline", "sweep", "headline", "paper", "sweep", "headline", "headline")
+_ROUNDS: Final = (
+    *("headline", "paper", "sweep", "headline", "headline"),
+    *("paper", "headline", "sweep", "paper", "headline"),
+)
 """Kinds in the order they run; once through is up to five repetitions of a headline."""
 _PROMPT_S: Final = 1 / 3000
 _TOKEN_S: Final = 1 / 150
 """Seconds per prompt token and per generated one of a first guess, for a 30M model on two cores; pessimistic."""
+FAR_BEHIND: Final = 8.0
+"""A system that took this many times as long as bough is not repeated: its ratio needs no spread."""
 CACHED_SHARE: Final = 0.35
 """Of a prompt's time, in a first guess for a system that caches."""
 
@@ -32,6 +37,10 @@ class Budget:
     seen: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from now on."""
         self._begun_at = self.now()
 
     def left(self) -> float:
@@ -53,6 +62,12 @@ class Budget:
                 left -= expected
                 chosen.append(system)
         return chosen
+
+
+def worth_repeating(seen: Mapping[tuple[str, str], float], trace: Trace, system: str, reference: str) -> bool:
+    """Return whether the system was near enough to the reference to be measured again."""
+    took, ours = seen.get((trace.name, system)), seen.get((trace.name, reference))
+    return took is None or ours is None or took <= FAR_BEHIND * ours
 
 
 def order(traces: Sequence[Trace], most: int | None = None) -> Iterator[tuple[Trace, int]]:

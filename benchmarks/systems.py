@@ -27,10 +27,13 @@ POOL_TOKENS: Final = 65_536
 
 
 class Bough:
-    """A runtime with these options of `bough serve`; its memory is the runtime process's."""
+    """A runtime with these options of `bough serve`; its memory is the runtime process's.
+
+    It does not speculate: random weights write loops, which are easy to guess, so that drafts would flatter it.
+    """
 
     def __init__(self, model: Path, options: Sequence[str] = (), start_timeout: float = 300.0) -> None:
-        options = ["--max-total-tokens", str(POOL_TOKENS), *options]
+        options = ["--max-total-tokens", str(POOL_TOKENS), "--no-speculate", *options]
         self._life = RuntimeLife(str(model), options, start_timeout)
         try:
             self._life.start()

@@ -8,7 +8,7 @@ are `scale` of the paper's length, so that a run takes seconds on two cores; wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -18,6 +18,9 @@ from shapes import SHAPES, Writer
 from shapes import Program as Recorded
 
 from bough.runtime.vector import IntArray
+
+FIRST_TOKEN: Final = "first token"
+"""The workload of which the times of first tokens are told, cold and cached."""
 
 
 def writer(seed: int, scale: float = 1.0) -> Writer:
@@ -101,11 +104,11 @@ def _find(ids: IntArray, wanted: IntArray) -> int | None:
     return int(places[0]) if len(places) else None
 
 
-# ---------------------------------------------------------------------------------------------- sweeps and the control
+# ---------------------------------------------------------------------------------------------- goals, sweeps, control
 
 
 def fork(width: int, prefix: int, own: int, answer: int, kind: str = "sweep") -> Trace:
-    """`width` branches with a little text of their own behind one prefix, all generating at once."""
+    """`width` branches with a little text of their own behind one prefix (or none), all generating at once."""
     words = writer(width * 10_007 + prefix)
     shared = words.text(prefix).tolist() if prefix else []
     asks = tuple(Ask(((*shared, *words.text(own).tolist()),), num_tokens=answer) for _ in range(width))
@@ -121,7 +124,28 @@ def control(prompts: int, prompt: int, answer: int) -> Trace:
     return Trace("no sharing", f"{prompts} × {prompt} → {answer}", "headline", programs, prompts)  # noqa: RUF001
 
 
+def prefill(prompts: int, prompt: int) -> Trace:
+    """Prompts without anything in common, of which only the first token is wanted: prefill alone."""
+    words = writer(7)
+    asks = tuple(Ask((tuple(words.text(prompt).tolist()),), num_tokens=1) for _ in range(prompts))
+    name = f"prefill {prompts} × {prompt}"  # noqa: RUF001
+    return Trace(name, f"{prompts} × {prompt} → 1", "headline", (asks,), 1)  # noqa: RUF001
+
+
+def first_token(prefix: int, own: int, programs: int = 3, cached: int = 4) -> Trace:
+    """A cold prompt, then some that have all but `own` of their tokens in common with it, one at a time."""
+    words, made = writer(11), []
+    for _ in range(programs):
+        shared = words.text(prefix).tolist()
+        prompts = [(*shared, *words.text(own).tolist()) for _ in range(1 + cached)]
+        made.append(tuple(Ask((ids,), num_tokens=1, after=(i - 1,) if i else ()) for i, ids in enumerate(prompts)))
+    shape = f"{programs} × ({prefix + own} cold, then {cached} × {own} on {prefix} cached) → 1"  # noqa: RUF001
+    return Trace(FIRST_TOKEN, shape, "headline", tuple(made), 1)
+
+
 MMLU, HELLASWAG, REACT, AGENTS, TREE, SKELETON, JUDGE, JSON, CHAT, LONG_CHAT, RAG = range(11)
+_PAPER: Final = range(len(SHAPES))
+_CONCURRENCY: Final = {CHAT: 8, LONG_CHAT: 8, TREE: 2}
 
 
 def suite(size: str) -> list[Trace]:
@@ -130,54 +154,50 @@ def suite(size: str) -> list[Trace]:
 
 
 def _quick() -> list[Trace]:
-    scale = 0.125
     return [
         fork(16, 512, 16, 16, "headline"),
-        from_shape(HELLASWAG, 16, scale, kind="headline"),
-        from_shape(CHAT, 16, scale, kind="headline"),
-        from_shape(TREE, 30, scale, kind="headline"),
+        *_decode(64, 16),
+        prefill(1, 256),
+        prefill(4, 256),
+        first_token(512, 32, programs=1, cached=2),
         control(4, 128, 16),
-        *(from_shape(place, 12, scale) for place in (MMLU, REACT, AGENTS, SKELETON, JUDGE, JSON, LONG_CHAT, RAG)),
-        fork(4, 128, 16, 8),
-        fork(8, 512, 16, 8),
+        *(from_shape(place, 30 if place == TREE else 12, 0.125) for place in _PAPER),
+        fork(4, 128, 16, 16),
+        fork(8, 512, 16, 16),
     ]
+
+
+def _headlines() -> list[Trace]:
+    return [
+        fork(32, 1024, 32, 64, "headline"),
+        *_decode(128, 64),
+        prefill(1, 1024),
+        prefill(8, 1024),
+        first_token(1024, 64),
+        control(16, 512, 32),
+    ]
+
+
+def _decode(prompt: int, answer: int) -> list[Trace]:
+    """Return decoding alone: prompts that share nothing, as one batch."""
+    return [fork(width, 0, prompt, answer, "headline") for width in (8, 1)]
 
 
 def _standard() -> list[Trace]:
-    return [
-        fork(32, 1024, 32, 64, "headline"),
-        from_shape(HELLASWAG, 24, 0.5, kind="headline"),
-        from_shape(CHAT, 32, 0.5, concurrency=8, kind="headline"),
-        from_shape(TREE, 60, 0.5, concurrency=2, kind="headline"),
-        control(16, 512, 32),
-        from_shape(MMLU, 32, 0.5),
-        from_shape(REACT, 16, 0.5),
-        from_shape(AGENTS, 30, 0.5),
-        from_shape(SKELETON, 30, 0.5),
-        from_shape(JUDGE, 21, 0.5),
-        from_shape(JSON, 30, 0.5),
-        from_shape(LONG_CHAT, 16, 0.5, concurrency=8),
-        from_shape(RAG, 18, 0.5),
-        *_sweep(),
-    ]
+    requests = {MMLU: 32, HELLASWAG: 24, REACT: 16, TREE: 60, JUDGE: 21, CHAT: 32, LONG_CHAT: 16, RAG: 18}
+    paper = (from_shape(place, requests.get(place, 30), 0.5, _CONCURRENCY.get(place, 16)) for place in _PAPER)
+    return [*_headlines(), *paper, *_sweep((8, 32, 64), (256, 1024, 4096))]
 
 
 def _full() -> list[Trace]:
-    headline = (HELLASWAG, CHAT, TREE)
-    return [
-        fork(32, 1024, 32, 64, "headline"),
-        *(from_shape(place, 64, 1.0, kind="headline") for place in headline),
-        control(32, 1024, 64),
-        *(from_shape(place, 64, 1.0) for place in range(len(SHAPES)) if place not in headline),
-        *_sweep(),
-        *(fork(width, prefix, 32, 32) for width in (4, 16, 64) for prefix in (256, 2048)),
-    ]
+    paper = (from_shape(place, 64, 1.0, _CONCURRENCY.get(place, 16)) for place in _PAPER)
+    return [*_headlines(), *paper, *_sweep((4, 8, 16, 32, 64), (256, 1024, 2048, 4096))]
 
 
-def _sweep() -> list[Trace]:
-    """Batches without a prefix (decode alone), then width times prefix."""
-    points = [(8, 1024), (64, 1024), (16, 4096), (16, 1024), (64, 4096)]
-    return [fork(1, 0, 128, 64), fork(8, 0, 128, 64), *(fork(width, prefix, 32, 32) for width, prefix in points)]
+def _sweep(widths: Sequence[int], prefixes: Sequence[int]) -> list[Trace]:
+    """Return a fork per width and prefix, of the same own text and answers as the headline, which is one of them."""
+    points = ((width, prefix) for prefix in prefixes for width in widths)
+    return [fork(width, prefix, 32, 64) for width, prefix in points if (width, prefix) != (32, 1024)]
 
 
 _SUITES: Final[Mapping[str, Callable[[], list[Trace]]]] = {"quick": _quick, "standard": _standard, "full": _full}

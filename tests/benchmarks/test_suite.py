@@ -13,17 +13,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_suite
+import goals
 import plots
+import report
 import rows
 from asks import Ask, Trace
 from baselines import Generate
 from calls import Call, Run
 from clients import NotInstalled, NotPossible, System, carry_out
+from harness import Summary, put_between
+from measuring import SuiteRun
 from models import FIRST_WORD, Size, made, text_of, token_ids
-from schedule import Budget, in_turn, order
+from schedule import Budget, in_turn, order, worth_repeating
 from shapes import SHAPES
 from systems import Bough
-from traces import control, fork, from_shape, live, suite, writer
+from traces import control, first_token, fork, from_shape, live, suite, writer
 
 TINY = Size(hidden=128, layers=2, heads=2, kv_heads=1, mlp=128)
 
@@ -122,15 +126,21 @@ def test_words_are_text_and_back() -> None:
 # ---------------------------------------------------------------------------------------------- order and budget
 
 
-def test_what_matters_most_runs_first_and_every_workload_before_the_third_time_of_any() -> None:
+def test_everything_runs_once_before_what_matters_most_runs_again() -> None:
     traces = [fork(2, 8, 1, 1), control(2, 4, 1), from_shape(0, 4, 0.1)]
     ran = [(trace.name, repetition) for trace, repetition in order(traces)]
-    assert ran[:3] == [("no sharing", 0), ("MMLU", 0), ("no sharing", 1)]
-    assert ran.index(("fork 2 × 8", 0)) < ran.index(("no sharing", 2))  # noqa: RUF001
+    once = [("no sharing", 0), ("MMLU", 0), ("fork 2 × 8", 0)]  # noqa: RUF001
+    assert ran[:5] == [*once, ("no sharing", 1), ("no sharing", 2)]
     assert {repetition for _, repetition in order(traces, 1)} == {0}
     assert sum(trace.name == "MMLU" for trace, _ in order(traces, 7)) == 7
     assert in_turn(["a", "b"], 0) == ["a", "b"]
     assert in_turn(["a", "b"], 1) == ["b", "a"]
+
+
+def test_who_is_far_behind_is_not_measured_again() -> None:
+    trace = control(2, 4, 1)
+    seen = {(trace.name, "bough"): 1.0, (trace.name, "near"): 7.9, (trace.name, "far"): 8.1}
+    assert [worth_repeating(seen, trace, name, "bough") for name in ("near", "far", "unseen")] == [True, False, True]
 
 
 def test_a_budget_leaves_out_what_would_not_end_in_time() -> None:
@@ -144,6 +154,8 @@ def test_a_budget_leaves_out_what_would_not_end_in_time() -> None:
     assert budget.fits(trace, ["a", "b"], frozenset()) == ["b"]
     clock[0] = 11.0
     assert budget.fits(trace, ["a", "b"], frozenset()) == []
+    budget.begin()
+    assert budget.left() == 10.0
 
 
 # ---------------------------------------------------------------------------------------------- a run, table, pictures
@@ -162,8 +174,8 @@ def _about() -> dict[str, object]:
     return {"environment": environment, "model": "30m", "size": "quick", "arguments": ["--quick"]}
 
 
-def _suite_run(traces: list[Trace], systems: dict[str, System | None]) -> bench_suite.SuiteRun:
-    made_up = bench_suite.SuiteRun(traces, list(systems), Budget(1e9, lambda: 0.0), reps=3)
+def _suite_run(traces: list[Trace], systems: dict[str, System | None]) -> SuiteRun:
+    made_up = SuiteRun(traces, list(systems), Budget(1e9, lambda: 0.0), reps=3)
 
     def begin(name: str) -> System:
         system = systems[name]
@@ -194,12 +206,15 @@ def test_rows_say_what_ran_and_why_the_rest_did_not_and_survive_the_file(tmp_pat
     assert status["fork 4 × 64", "transformers continuous"] == "left out"  # noqa: RUF001
     path = tmp_path / "results" / "run.jsonl"
     rows.write(path, found[:3], {**_about(), "environment": {"date": "2025-01-01"}})
+    rows.write(path, found[:2], {**_about(), "model": "110m"})
     rows.write(path, found, _about())
-    again = rows.read(path)
-    assert len(path.read_text().splitlines()) == len(found) + 3
+    again = rows.read(path)["30m"]
+    assert len(path.read_text().splitlines()) == len(found) + 5
+    assert list(rows.read(path)) == ["30m", "110m"]
     assert [row["system"] for row in again] == [row["system"] for row in found]
     assert all(row["figures"]["tok_s"]["n"] == 3 for row in again if row["status"] == "ok")
     assert bench_suite.main(["--render", str(path)]) == 0
+    assert path.with_name("run-110m.md").exists()
     table = path.with_suffix(".md").read_text()
     assert "| fork 2 × 64 | bough |" in table  # noqa: RUF001
     assert "vllm: not installed: pip install it (every workload)" in table
@@ -216,6 +231,132 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path) -> None:
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     assert plots.draw([row for row in found if row["status"] != "ok"], tmp_path, "y", "here") == []
+
+
+def test_first_tokens_are_told_cold_and_cached() -> None:
+    trace = first_token(32, 4, programs=2, cached=3)
+    for program in trace.programs:
+        prompts = [ask.prompt({}) for ask in program]
+        assert {len(prompt) for prompt in prompts} == {36}
+        assert len({tuple(prompt[:32]) for prompt in prompts}) == 1
+        assert len({prompt[32] for prompt in prompts}) == 4
+    took = [9.0, 3.0, 1.0, 2.0, 11.0, 2.0, 2.0, 2.0]
+    calls = [Call(0.0, [[1]], [ms / 1e3], [1]) for ms in took]
+    found = rows.figures(trace, Run(1.0, [0.5, 0.5], calls), None, False)
+    assert (found["cold_ms"], found["cached_ms"], found["cold_by_cached"]) == pytest.approx((10.0, 2.0, 5.0))
+
+
+def test_tokens_are_compared_as_long_as_the_text_before_them_is_the_same() -> None:
+    def run(*answers: list[int]) -> Run:
+        return Run(1.0, [1.0], [Call(0.0, [[place]], [], answer) for place, answer in enumerate(answers)])
+
+    ours = run([1, 2, 3, 4], [5, 6])
+    shares = rows.same_tokens({"bough": ours, "x": run([1, 2, 9, 4], [5, 6]), "y": run([7, 2, 3, 4])})
+    assert shares == {"bough": 1.0, "x": 4 / 5, "y": 0.0}
+
+
+# ---------------------------------------------------------------------------------------------- goals and front page
+
+
+def _row(workload: str, system: str, slower: float | None = None, **figures: float) -> dict[str, object]:
+    values = {"wall_s": 1.0, "tok_s": 100.0, **figures}
+    found = {name: Summary(value, value, value, 3).fields() for name, value in values.items()}
+    row: dict[str, object] = {"workload": workload, "system": system, "status": "ok", "shape": "s", "kind": "headline"}
+    row |= {**_about(), "figures": found, "same_tokens": 0.9}
+    return row if slower is None else {**row, "times_slower": Summary(slower, slower * 0.9, slower * 1.1, 3).fields()}
+
+
+def _measured() -> list[dict[str, object]]:
+    """Rows of a run that meets some goals and misses others."""
+    hits = {"hit_rate": 0.9, "best_hit_rate": 0.9, "ttft_p50_ms": 5.0}
+    found = [
+        _row("fork 32 × 1024", "bough", **hits) | {"width": 32, "prefix": 1024},  # noqa: RUF001
+        _row("fork 32 × 1024", "vllm", 1.8) | {"width": 32, "prefix": 1024},  # noqa: RUF001
+        _row("fork 64 × 4096", "bough", **hits) | {"width": 64, "prefix": 4096},  # noqa: RUF001
+        _row("fork 64 × 4096", "vllm", 3.6) | {"width": 64, "prefix": 4096},  # noqa: RUF001
+        _row("batch 8", "bough", hit_rate=0.0, best_hit_rate=0.0),
+        _row("batch 8", "vllm", 1.17),
+        _row("no sharing", "bough", hit_rate=0.0, best_hit_rate=0.0),
+        _row("no sharing", "bough, no radix", 1 / 1.002),
+        _row("prefill 1 × 1024", "bough", hit_rate=0.0, best_hit_rate=0.0),  # noqa: RUF001
+        _row("first token", "bough", cold_by_cached=9.0, cold_ms=90.0, cached_ms=10.0, **hits),
+    ]
+    for shape in SHAPES:
+        found += [_row(shape.name, "bough", **hits), _row(shape.name, "transformers generate", 4.0)]
+        found.append(_row(shape.name, "bough, no radix", 3.3))
+        found.append(_row(shape.name, "vllm", 0.96 if shape.name == "MMLU" else 2.0))
+    return found
+
+
+def _documents() -> dict[str, dict[str, object]]:
+    about = {"environment": {"date": "2026-01-02T00:00:00", "commit": "abc"}, "quick": False}
+    figures = {size: {"torch_by_tree": Summary(10.0, 9.0, 11.0, 9).fields()} for size in ("16 x 1024", "16 x 4096")}
+    misses = {f"random 1,024-token prompt, cache {word}": {"median": us} for word, us in (("on", 90.0), ("off", 50.0))}
+    return {
+        "bench_attention": {**about, "benchmark": "bench_attention", "results": {"attention": figures}},
+        "bench_cache": {**about, "benchmark": "bench_cache", "results": misses},
+    }
+
+
+def test_goals_say_met_or_missed_and_by_how_much() -> None:
+    verdicts = {verdict.goal: verdict for verdict in goals.goals(_measured(), _documents())}
+    cells = {goal: verdict.cells()[1:] for goal, verdict in verdicts.items()}
+    assert cells["32 branches on 1,024 shared, vllm"] == ("≥ 1.5 ×", "1.80 (1.62–1.98) ×", "met, by 20%")  # noqa: RUF001
+    assert cells["batch of 8, vllm"] == ("≥ 1.3 ×", "1.17 (1.05–1.29) ×", "**missed** by 10%")  # noqa: RUF001
+    assert cells["batch of 1, vllm"] == ("≥ 1 ×", "–", "not measured")  # noqa: RUF001
+    grown = verdicts["and it grows with prefix and width: largest fork's ratio by the smallest's"]
+    assert grown.measured is not None
+    assert grown.measured.median == pytest.approx(2.0)
+    ahead = verdicts["ahead of every peer on each of the paper's shapes"]
+    assert not ahead.met
+    assert ahead.note == "(MMLU: vllm, the least of 11; 10 of 11 met)"
+    assert verdicts["· MMLU"].part
+    assert verdicts["radix cache on, against off, hit-heavy shapes"].met
+    whole = verdicts["radix cache where nothing is shared, of the whole time"]
+    assert whole.measured is not None
+    assert (whole.measured.median, whole.met) == (pytest.approx(0.2), True)
+    part = verdicts["· its bookkeeping for a prompt of 1,024, of that prompt's time"].measured
+    assert part is not None
+    assert part.median == pytest.approx(0.004)  # 40 µs of a second
+    assert verdicts["tree attention, 16 branches on 1,024, against gather and SDPA"].met
+    assert not verdicts["tree attention, 16 branches on 4,096, against gather and SDPA"].met
+    assert verdicts["first token of 64 new on 1,024 cached, cold by cached"].met
+
+
+def test_goals_of_a_run_without_peers_and_other_benchmarks_are_not_measured() -> None:
+    rows_of = [_row("batch 8", "bough", hit_rate=0.0, best_hit_rate=0.0)]
+    rows_of.append({"workload": "batch 8", "system": "vllm", "status": "not installed", "reason": "not installed: x"})
+    verdicts = goals.goals(rows_of, {})
+    assert not any(verdict.met for verdict in verdicts)
+    table = goals.markdown(verdicts, parts=False)
+    assert "| batch of 8, vllm | ≥ 1.3 × | – | not measured: not installed |" in table  # noqa: RUF001
+    assert "bench_attention.py --save" in table
+
+
+def test_the_front_page_has_goals_a_line_per_workload_and_larger_shapes(tmp_path: Path) -> None:
+    for name, document in _documents().items():
+        (tmp_path / f"2026-01-02-{name}.jsonl").write_text(json.dumps(document) + "\n")
+    larger = [
+        _row("fork 32 × 1024", "bough", hit_rate=0.9, best_hit_rate=0.9),  # noqa: RUF001
+        _row("fork 32 × 1024", "vllm", 2.5),  # noqa: RUF001
+    ]
+    page = report.summary_of({"30m": _measured(), "110m": larger}, tmp_path)
+    assert "| MMLU | 100 | 0.96 | 4.00 | – | 3.30 | – | 5.00 / – | 0.90 (0.90) |" in page  # noqa: RUF001
+    assert "| fork 32 × 1024 | 1.80 | 2.50 |" in page  # noqa: RUF001
+    assert "· MMLU" not in page
+    assert "(bench_attention, 2026-01-02, abc)" in page
+
+
+def test_the_readmes_have_the_places_that_saved_runs_are_put_into(tmp_path: Path) -> None:
+    root = Path(report.__file__).parents[1]
+    for readme, names in ((root / "README.md", ["bench"]), (root / "benchmarks" / "README.md", ["bench_suite 30m"])):
+        copy = tmp_path / "README.md"
+        copy.write_text(readme.read_text())
+        for name in names:
+            put_between(copy, name, "new")
+            assert f"<!-- {name} -->\nnew\n<!-- /{name} -->" in copy.read_text()
+    with pytest.raises(ValueError, match="no marks <!-- nonsense -->"):
+        put_between(copy, "nonsense", "new")
 
 
 def test_unknown_workloads_and_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
