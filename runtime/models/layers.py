@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from bough.kernels.linear import bfloat16_linear, int8_linear
 from bough.kernels.reference import quantise
 
 log = logging.getLogger(__name__)
@@ -18,24 +20,33 @@ _TEST_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 48, 64, 65, 100, 128,
 _MULTIPLES = (1, 2, 4, 8, 16, 32)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+Maker = Callable[[torch.Tensor, "torch.Tensor | None"], "Product | None"]
 
 
 class Linear:
-    """y = x Wᵀ + b on packed weights.
+    """y = x Wᵀ + b on packed weights, where the library's products depend on the number of rows.
 
     `row_multiple` rows are computed at a time (zero rows fill up), the smallest number for which a row's bits are the
     same in a batch of any size; `plan` found it. Weights packed by oneDNN are 1.5 to 4 times faster than F.linear in
     bfloat16 and up to 10 times in float32 (where MKL serves F.linear), so they are used wherever they pass the test.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, plan: LinearPlan) -> None:
-        self.out_size = weight.shape[0]
-        self._multiple = plan.row_multiple
-        self._product = _packed(weight, bias) if plan.packed else _plain(weight, bias)
+    def __init__(self, product: Product, row_multiple: int) -> None:
+        self._product = product
+        self._multiple = row_multiple
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return (num_rows, out_size) for x (num_rows, in_size), in x's dtype."""
         return _apply(self._product, x, self._multiple)
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, plan: LinearPlan) -> Product:
+    """Return y = x Wᵀ + b for weight (out_size, in_size) in the way that `plan_linear` found."""
+    if plan.kind == "native":
+        native = bfloat16_linear(weight, bias)
+        assert native is not None, "the plan was made where it works"
+        return native
+    return Linear(_packed(weight, bias) if plan.kind == "packed" else _plain(weight, bias), plan.row_multiple)
 
 
 class DeviceLinear:
@@ -60,22 +71,23 @@ class DeviceLinear:
         return done[0] if len(done) == 1 else torch.cat(done)
 
 
-class LinearPlan:
-    """How products of one weight shape and dtype are computed on this machine: packed or not, and in how many rows."""
+class LinearPlan(NamedTuple):
+    """How products of one weight shape and dtype are computed on this machine.
 
-    def __init__(self, packed: bool, row_multiple: int) -> None:
-        self.packed = packed
-        self.row_multiple = row_multiple
+    kind: "native" (our compiled code), "packed" (oneDNN's) or "plain" (F.linear). row_multiple: in how many rows.
+    """
 
-    def __repr__(self) -> str:
-        return f"LinearPlan(packed={self.packed}, row_multiple={self.row_multiple})"
+    kind: Literal["native", "packed", "plain"]
+    row_multiple: int = 1
 
 
 def plan_linear(out_size: int, in_size: int, dtype: torch.dtype) -> LinearPlan:
     """Try the ways to multiply by an (out_size, in_size) matrix and return the fastest that is right and exact.
 
-    Right: agrees with F.linear. Exact: bit-equal rows at every number of rows. Measured on Zen 4: packed products are
-    exact but for one row alone when in_size is large or no power of two; MKL's need multiples of 4.
+    Right: agrees with float64. Exact: bit-equal rows at every number of rows. Measured on Zen 4: our compiled products
+    are 1.4 to 2 times as fast as oneDNN's packed ones at 1 to 8 rows, and no slower at 512. Those are exact but for one
+    row alone when in_size is large or no power of two; MKL's need multiples of 4. Where the processor multiplies tiles
+    (AMX), oneDNN's are several times as fast.
     """
     generator = torch.Generator().manual_seed(0)
     # The second half of each sum takes back the first: what is left is rounding, which shows any change of order.
@@ -85,25 +97,36 @@ def plan_linear(out_size: int, in_size: int, dtype: torch.dtype) -> LinearPlan:
     if in_size % 2:
         x, w = F.pad(x, (0, 1)), F.pad(w, (0, 1))
     x, w = x.to(dtype), w.to(dtype)
-    if _packing_is_right(out_size, in_size, dtype):
+    native = None if _has_tiles() else bfloat16_linear(w, None)
+    if native is not None and _is_right(bfloat16_linear, out_size, in_size, dtype) and _exact_multiple(native, x) == 1:
+        return LinearPlan("native")
+    if _is_right(_packed, out_size, in_size, dtype):
         multiple = _exact_multiple(_packed(w, None), x)
         if multiple is not None:
-            return LinearPlan(True, multiple)
+            return LinearPlan("packed", multiple)
     multiple = _exact_multiple(_plain(w, None), x)
     if multiple is None:
         log.warning("results of a (%d, %d) %s layer depend on the batch size here", out_size, in_size, dtype)
-    return LinearPlan(False, multiple or _MULTIPLES[-1])
+    return LinearPlan("plain", multiple or _MULTIPLES[-1])
 
 
-def _packing_is_right(out_size: int, in_size: int, dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN's private packed product exists here and agrees with F.linear."""
+def _has_tiles() -> bool:
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return check is not None and bool(check())
+
+
+def _is_right(make: Maker, out_size: int, in_size: int, dtype: torch.dtype) -> bool:
+    """Tell whether a product can be made here and agrees with float64's."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, in_size, generator=generator).to(dtype)
     w, b = torch.randn(out_size, in_size, generator=generator).to(dtype), torch.randn(out_size, generator=generator)
     try:
-        found = _packed(w, b.to(dtype))(x).double()
+        product = make(w, b.to(dtype))
+        if product is None:
+            return False
+        found = product(x).double()
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        log.info("packed linear layers are not available: %s", error)
+        log.info("%s is not available: %s", make.__name__, error)
         return False
     exact = x.double() @ w.double().T + b.to(dtype).double()
     return bool((found - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max())
@@ -160,31 +183,56 @@ class Int8Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.out_size = weight.shape[0]
         units, scales = quantise(weight, torch.int8)
-        make = _choose_int8(*weight.shape)
-        self._product = make(units.contiguous(), scales)
-        self._bias = None if bias is None else bias.float()
+        self._product: Product | None = None
+        if _native_int8_is_right(weight.shape[1]):
+            self._product = int8_linear(units, scales, bias)
+        if self._product is None:
+            self._product = quantising(_choose_int8(*weight.shape)(units.contiguous(), scales), bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return (num_rows, out_size) for x (num_rows, in_size), in x's dtype."""
+        assert self._product is not None, "a way to multiply was found"
+        return self._product(x)
+
+
+def quantising(product: Product, bias: torch.Tensor | None) -> Product:
+    """Return x -> x Wᵀ + b by a product of x's units (uint8, 128 more than the number)."""
+    wide_bias = None if bias is None else bias.float()
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
         scales = wide.abs().amax(-1, keepdim=True).div_(127)
         units = (wide / scales.where(scales > 0, 1.0)).round_().add_(128).to(torch.uint8)
-        out = _apply(self._product, units, 1).mul_(scales)  # a row that is not finite has such a scale
-        return (out if self._bias is None else out.add_(self._bias)).to(x.dtype)
+        out = _apply(product, units, 1).mul_(scales)  # a row that is not finite has such a scale
+        return (out if wide_bias is None else out.add_(wide_bias)).to(x.dtype)
+
+    return whole
 
 
 Int8Product = Callable[[torch.Tensor, torch.Tensor], Product]
 
 
 @functools.cache
+def _native_int8_is_right(in_size: int) -> bool:
+    """Tell whether the compiled int8 product is there and gives, to rounding, what the definition does."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, in_size, generator=generator) for n in (33, 70))
+    units, scales = quantise(weight, torch.int8)
+    x[0], units[0] = 1.0, 127
+    native = int8_linear(units, scales, None)
+    exact = quantising(_int8_exact(units, scales), None)(x)
+    return native is not None and torch.allclose(native(x), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@functools.cache
 def _choose_int8(out_size: int, in_size: int) -> Int8Product:
     """Return the fastest of the int8 products that is right here.
 
-    Right: within rounding of the exact one at every number of rows, at the largest sums too, where processors without
-    VNNI saturate; the same bits for a row in all of them. Measured on Zen 4 (512 to 2,816, 32 rows): oneDNN's 193 us,
-    torch._int_mm 296, bfloat16 308; `_weight_int8pack_mm` 1,266, hence no weight-only product.
+    For processors without our compiled one. Right: within rounding of the exact one at every number of rows, at the
+    largest sums too, where processors without VNNI saturate; the same bits for a row in all of them. Measured on Zen 4
+    (512 to 2,816, 32 rows): oneDNN's 193 us, torch._int_mm 296, bfloat16 308; `_weight_int8pack_mm` 1,266, hence no
+    weight-only product.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(1, 256, (_MAX_ROWS, in_size), generator=generator, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import StepInputs
 from bough.runtime.models.config import ModelConfig
-from bough.runtime.models.layers import DeviceLinear, Int8Linear, Linear, LinearPlan, Product, plan_linear
+from bough.runtime.models.layers import DeviceLinear, Int8Linear, LinearPlan, Product, make_linear, plan_linear
 from bough.runtime.models.rope import RopeTable
 from bough.runtime.models.weights import Weights
 
@@ -157,7 +157,7 @@ class _Builder:
     def _product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         if self._parts is not None:
             return DeviceLinear(weight, bias, self._parts.fixed_rows)
-        return Linear(weight, bias, self._plan(weight))
+        return make_linear(weight, bias, self._plan(weight))
 
     def _plan(self, weight: torch.Tensor) -> LinearPlan:
         shape = (weight.shape[0], weight.shape[1])

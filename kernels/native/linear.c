@@ -1,0 +1,174 @@
+/* Linear layers by the processor's dot products of neighbours: two bfloat16 (AVX512_BF16) or four bytes (AVX512_VNNI).
+ *
+ * A sum runs over the input channels in order, by one instruction: a row's bits depend on that row alone, however many
+ * rows there are. Weights lie in panels of PANEL outputs, (in_size / neighbours, PANEL, neighbours) each, so that a
+ * panel is one stream of memory; TILE rows pass over it at a time, which is as many sums as there are registers for.
+ */
+
+#include "vectors.h"
+
+/* What `bough_linear_kinds` tells, by bits, and what a layer says it is. */
+enum { LINEAR_BF16 = 1, LINEAR_BYTES = 2 };
+
+#define PANEL 64
+#define VECS (PANEL / LANES)
+
+/* Rows of x that are done at a time are at most this many bytes: with a panel they stay in a core's cache. */
+#define NEAR_BYTES (512 << 10)
+
+typedef struct {
+    const void *x;         /* (num_rows, in_size) */
+    const void *weight;    /* panels of it, the last one filled up */
+    const float *bias;     /* (out_size filled up to whole panels,) or none */
+    const float *scales;   /* of bytes: of each output, like bias */
+    const int32_t *offset; /* of bytes: 128 times the sum of each output's weights, like bias */
+    uint8_t *units;        /* of bytes: (num_rows, in_size), room for x as bytes, 128 more than the number */
+    float *row_scales;     /* of bytes: (num_rows,), room */
+    void *out;             /* (num_rows, out_size) */
+    int32_t num_rows, in_size, out_size, kind;
+    int32_t is_bf16; /* of x and out */
+} Layer;
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+
+#include <immintrin.h>
+
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")))
+#define TILE 6
+
+EXPORT int32_t bough_linear_kinds(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("x86-64-v4")) return 0;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return 0;
+    return LINEAR_BF16 | LINEAR_BYTES;
+}
+
+WIDE INLINE void store_some(void *out, ptrdiff_t at, __m512 x, int count, const int is_bf16) {
+    if (count >= LANES) {
+        store(out, at, (vec)x, is_bf16);
+        return;
+    }
+    char whole[64];
+    const size_t width = is_bf16 ? 2 : 4;
+    store(whole, 0, (vec)x, is_bf16);
+    memcpy((char *)out + (size_t)at * width, whole, (size_t)count * width);
+}
+
+/* Some rows times one panel. Every element is 32 bits of neighbours. */
+WIDE INLINE void run_tile(const Layer *l, int row, int panel, const int rows, const int kind, const int is_bf16) {
+    const int steps = l->in_size / (kind == LINEAR_BYTES ? 4 : 2);
+    const char *x = kind == LINEAR_BYTES ? (const char *)l->units : (const char *)l->x;
+    const char *weight = (const char *)l->weight + (ptrdiff_t)panel * steps * PANEL * 4;
+    __m512 sums[TILE][VECS];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_setzero_ps();
+    for (int t = 0; t < steps; t++) {
+        __m512i right[VECS];
+        for (int j = 0; j < VECS; j++)
+            right[j] = _mm512_loadu_si512(weight + ((ptrdiff_t)t * PANEL + j * LANES) * 4);
+        for (int r = 0; r < rows; r++) {
+            int32_t neighbours;
+            memcpy(&neighbours, x + ((ptrdiff_t)(row + r) * steps + t) * 4, 4);
+            const __m512i left = _mm512_set1_epi32(neighbours);
+            for (int j = 0; j < VECS; j++)
+                sums[r][j] =
+                    kind == LINEAR_BYTES
+                        ? (__m512)_mm512_dpbusd_epi32((__m512i)sums[r][j], left, right[j])
+                        : _mm512_dpbf16_ps(sums[r][j], (__m512bh)left, (__m512bh)right[j]);
+        }
+    }
+    for (int j = 0; j < VECS; j++) {
+        const int at = panel * PANEL + j * LANES;
+        if (at >= l->out_size) break;
+        for (int r = 0; r < rows; r++) {
+            __m512 sum = sums[r][j];
+            if (kind == LINEAR_BYTES) {
+                const __m512i whole = _mm512_sub_epi32((__m512i)sum, _mm512_loadu_si512(l->offset + at));
+                const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_loadu_ps(l->scales + at));
+                const __m512 scale = _mm512_set1_ps(l->row_scales[row + r]);
+                sum = l->bias ? _mm512_fmadd_ps(scaled, scale, _mm512_loadu_ps(l->bias + at))
+                              : _mm512_mul_ps(scaled, scale);
+            } else if (l->bias)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(l->bias + at));
+            store_some(l->out, (ptrdiff_t)(row + r) * l->out_size + at, sum, l->out_size - at, is_bf16);
+        }
+    }
+}
+
+WIDE INLINE void run_rows(const Layer *l, int begin, int end, int panel, const int kind, const int is_bf16) {
+    int tiles = (end - begin + TILE - 1) / TILE;
+    for (int row = begin; row < end; tiles--) {
+        const int rows = (end - row) / tiles;
+        switch (rows) {
+            case 1: run_tile(l, row, panel, 1, kind, is_bf16); break;
+            case 2: run_tile(l, row, panel, 2, kind, is_bf16); break;
+            case 3: run_tile(l, row, panel, 3, kind, is_bf16); break;
+            case 4: run_tile(l, row, panel, 4, kind, is_bf16); break;
+            case 5: run_tile(l, row, panel, 5, kind, is_bf16); break;
+            default: run_tile(l, row, panel, 6, kind, is_bf16);
+        }
+        row += rows;
+    }
+}
+
+WIDE static void run_panel(const Layer *l, int begin, int end, int panel) {
+    if (l->kind == LINEAR_BF16)
+        run_rows(l, begin, end, panel, LINEAR_BF16, 1);
+    else if (l->is_bf16)
+        run_rows(l, begin, end, panel, LINEAR_BYTES, 1);
+    else
+        run_rows(l, begin, end, panel, LINEAR_BYTES, 0);
+}
+
+/* x as bytes: nearest to x / scale, ties to even, 128 more; what is not finite makes the scale so. */
+WIDE INLINE void row_to_bytes(const Layer *l, int row, const int is_bf16) {
+    const ptrdiff_t at = (ptrdiff_t)row * l->in_size;
+    vec largest = (vec){}, strange = (vec){};
+    for (int i = 0; i < l->in_size; i += LANES) {
+        const vec x = load(l->x, at + i, is_bf16);
+        largest = larger(larger(x, -x), largest);
+        strange += x - x;
+    }
+    const float scale = horizontal_max(largest) / 127.0f + horizontal_sum(strange);
+    const __m512 divisor = _mm512_set1_ps(scale > 0.0f ? scale : 1.0f);
+    for (int i = 0; i < l->in_size; i += LANES) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps((__m512)load(l->x, at + i, is_bf16), divisor));
+        const __m512i units = _mm512_add_epi32(whole, _mm512_set1_epi32(128));
+        _mm_storeu_si128((__m128i *)(l->units + at + i), _mm512_cvtepi32_epi8(units));
+    }
+    l->row_scales[row] = scale;
+}
+
+WIDE static void to_bytes(const Layer *l, int row) {
+    if (l->is_bf16)
+        row_to_bytes(l, row, 1);
+    else
+        row_to_bytes(l, row, 0);
+}
+
+/* out = x weight^T + bias. The caller has checked every argument. */
+EXPORT void bough_linear(const Layer *l) {
+    const int panels = (l->out_size + PANEL - 1) / PANEL;
+    const int most = NEAR_BYTES / (l->in_size * (l->kind == LINEAR_BYTES ? 1 : 2)) / TILE * TILE;
+    const int part = most > TILE ? most : TILE, parts = (l->num_rows + part - 1) / part;
+#pragma omp parallel
+    {
+        if (l->kind == LINEAR_BYTES) {
+#pragma omp for schedule(static)
+            for (int row = 0; row < l->num_rows; row++) to_bytes(l, row);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int item = 0; item < parts * panels; item++) {
+            const int begin = item / panels * part, end = begin + part;
+            run_panel(l, begin, end < l->num_rows ? end : l->num_rows, item % panels);
+        }
+    }
+}
+
+#else
+
+EXPORT int32_t bough_linear_kinds(void) { return 0; }
+
+EXPORT void bough_linear(const Layer *l) { (void)l; }
+
+#endif
