@@ -39,8 +39,9 @@ class Runtime:
     generating (slower). Without it, what is sampled may change where two tokens are almost equally likely, when a text
     is computed in another way than before.
 
-    speculate=True: what repeats earlier text of this program, of its siblings or of the prompt is guessed and verified
+    speculate: what repeats earlier text of this program, of its siblings or of the prompt is guessed and verified
     several tokens at a time. Texts and log-probabilities stay the same bits; where little repeats, nothing is guessed.
+    None does so where the attention keeps the bits: the native one, or any with exact=True. False never does.
 
     restart=True: when the process dies or hangs, a new one is started with the same options, the branches in use are
     made again in it from the tokens they had, and what was in flight runs again with the seed it had; programs go on
@@ -75,7 +76,7 @@ class Runtime:
         radix_cache: bool = True,
         seed: int | None = None,
         exact: bool = False,
-        speculate: bool = False,
+        speculate: bool | None = None,
         restart: bool = False,
         log_level: str = "warning",
         start_timeout: float = 120.0,
@@ -271,11 +272,12 @@ def runtime_options(**given: Any) -> list[str]:
         if given.get(name) is not None and given[name] not in allowed:
             raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {given[name]!r}", field=name)
     for name in ("radix_cache", "exact", "speculate"):
-        if not isinstance(given[name], bool):
+        if not isinstance(given[name], bool) and (name, given[name]) != ("speculate", None):
             raise InvalidRequest(f"{name} must be True or False, got {given[name]!r}", field=name)
     options = [] if given.pop("radix_cache") else ["--no-radix-cache"]
     options += ["--exact"] if given.pop("exact") else []
-    options += ["--speculate"] if given.pop("speculate") else []
+    speculate = given.pop("speculate")
+    options += [] if speculate is None else ["--speculate" if speculate else "--no-speculate"]
     for name, value in given.items():
         if value is not None:
             options += [f"--{name.replace('_', '-')}", str(value)]

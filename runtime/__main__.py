@@ -68,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--speculate",
         action=argparse.BooleanOptionalAction,
-        default=defaults.speculate,
-        help="draft what repeats earlier text and verify it in one step; the output stays the same",
+        help="draft what repeats earlier text and verify it in one step; the output stays the same (default: where"
+        " attention gives a drafted token the bits of a drawn one)",
     )
     parser.add_argument("--seed", type=int, help="makes sampling reproducible; default: drawn at start")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
@@ -188,6 +188,7 @@ def _build(
     from bough.runtime.inflight import InFlight
     from bough.runtime.pipeline import Executor
     from bough.runtime.prompter import Prompter
+    from bough.runtime.row_cost import measure_row_cost
     from bough.runtime.runner import load_runner
     from bough.runtime.scheduler import Scheduler
     from bough.runtime.speculation import Speculator
@@ -212,20 +213,23 @@ def _build(
         cuda_graphs=not options.no_cuda_graphs,
     )
     if config.speculate and not runner.exact:
-        log.warning(
-            "no speculation: this attention gives a drafted token other bits than a drawn one; --exact mends it"
+        raise RequestError(
+            "invalid_request",
+            "speculate: this attention gives a drafted token other bits than a drawn one; exact mends it",
+            field="speculate",
         )
-        config = dataclasses.replace(config, speculate=False)
+    config = dataclasses.replace(config, speculate=runner.exact and config.speculate is not False)
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)
+    runner.warm_up()
+    row_cost = measure_row_cost(runner) if config.speculate else 0.0
     scheduler = Scheduler(
         cache,
         token_budget=config.token_budget,
         max_running=config.max_running,
         policy=config.schedule_policy,
-        speculator=Speculator(runner.context_len) if config.speculate else None,
+        speculator=Speculator(runner.context_len, row_cost=row_cost) if config.speculate else None,
     )
-    runner.warm_up()
     epoch = secrets.randbits(62)
     seed = config.seed if config.seed is not None else secrets.randbits(62)
     vocabulary = Vocabulary(prompter.tokenizer, runner.vocab_size)
@@ -251,6 +255,7 @@ def _build(
             num_pages=runner.num_pages,
             vocab_size=runner.vocab_size,
             context_len=runner.context_len,
+            row_cost=row_cost,
         )
     in_flight = InFlight(scheduler, executor, credit=config.credit)
     engine = Engine(

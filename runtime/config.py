@@ -16,8 +16,8 @@ class RuntimeConfig:
     token_budget: most tokens one step computes, decode and prefill together; bounds how long a prefill delays decodes.
     max_running: most sequences that hold pages at once.
     schedule_policy: "lpm" admits the longest cached prefix first, with ageing; "fcfs" in order of arrival.
-    radix_cache: keep prefixes between operations. speculate: draft what repeats earlier text and verify it in one step,
-    where a token's bits do not tell how it was computed. seed: None draws one at start.
+    radix_cache: keep prefixes between operations. speculate: draft what repeats earlier text and verify it in one step;
+    None does where a token's bits do not tell how it was computed. seed: None draws one at start.
     max_waiting: operations queued over all clients before `overloaded`; max_branches, max_sessions: likewise.
     credit: streamed tokens a client may be behind. unsent_bytes: replies kept for a client whose queue is full; beyond
     that it is dropped. heartbeat_s: how often a client pings; one silent for lease_s is dropped with all it holds.
@@ -28,7 +28,7 @@ class RuntimeConfig:
     max_running: int = 64
     schedule_policy: str = "lpm"
     radix_cache: bool = True
-    speculate: bool = False
+    speculate: bool | None = None
     seed: int | None = None
     max_waiting: int = 16_384
     max_branches: int = 262_144

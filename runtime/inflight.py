@@ -179,6 +179,8 @@ class InFlight:
             raise outcome.error
         if isinstance(work, Generation):
             is_complete = work.take(outcome.result, outcome.tokens, now)
+            if is_complete:
+                self._scheduler.cut(outcome.sequence, work.num_taken)
             if work.is_streaming:
                 self._send_delta(work)
             return is_complete

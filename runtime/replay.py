@@ -112,7 +112,7 @@ class Replay:
             token_budget=config.token_budget,
             max_running=config.max_running,
             policy=config.schedule_policy,
-            speculator=Speculator(start["context_len"]) if config.speculate else None,
+            speculator=Speculator(start["context_len"], row_cost=start["row_cost"]) if config.speculate else None,
             clock=self._clock,
         )
         prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), start["model"])

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import msgspec
-import numpy as np
 
 from bough.runtime.batch import Batch, PageCopy, RowResult
 from bough.runtime.cache.prefix_cache import Lease, PrefixCache
@@ -31,7 +30,7 @@ from bough.runtime.policies import POLICIES
 from bough.runtime.protocol import RequestError
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
-from bough.runtime.vector import IntArray, common_prefix
+from bough.runtime.vector import common_prefix
 
 # What was used in this many steps is not evicted to admit another sequence while anything runs: a program's next
 # request arrives a step or so after its last result, and what waits is matched, and so used, when the queue is ranked.
@@ -155,6 +154,10 @@ class Scheduler:
         if sequence.params is not None:
             self._usual_len += (len(sequence.generated) - self._usual_len) / 16
 
+    def cut(self, sequence: Sequence, num_generated: int) -> None:
+        """Forget what a step appended after the tokens at which a generation ended; it is neither kept nor cached."""
+        self.counters.generated_tokens -= sequence.cut(num_generated)
+
     def pause(self, sequence: Sequence) -> None:
         """Stop scheduling a sequence; it keeps its pages, but is the first to be preempted."""
         sequence.is_paused = True
@@ -199,7 +202,7 @@ class Scheduler:
 
     def _step_of(self, rows: dict[Sequence, int], copies: Items[PageCopy], ahead_of: Step | None) -> Step:
         """Make a step of so many new tokens of each sequence; it counts as in flight from now on."""
-        drafts = self._drafts(rows)
+        drafts = self._speculator.drafts(rows, self.cache, self._token_budget) if self._speculator else {}
         self.cache.allocator.begin_step()
         before = {} if ahead_of is None else {s: row for row, s in enumerate(ahead_of.sequences)}
         size = self.cache.page_size
@@ -224,41 +227,6 @@ class Scheduler:
                 return False
         return True
 
-    def _drafts(self, rows: dict[Sequence, int]) -> dict[Sequence, IntArray]:
-        """Make drafts with what the step leaves of the budget, in pages that are free."""
-        drafts: dict[Sequence, IntArray] = {}
-        if self._speculator is None:
-            return drafts
-        spare = min(self._token_budget, self._speculator.most_tokens) - sum(rows.values())
-        for sequence in rows:
-            if spare > 0 and sequence.is_drawing and (allowed := sequence.pace.allowed()):
-                draft = self._draft(self._speculator, sequence, min(spare, allowed))
-                if len(draft):
-                    drafts[sequence] = draft
-                    spare -= len(draft)
-        return drafts
-
-    def _draft(self, speculator: Speculator, sequence: Sequence, most: int) -> IntArray:
-        """Return a draft that has slots; no page is taken from anyone for it."""
-        lease, params = sequence.lease, sequence.params
-        assert lease is not None, "what is planned has pages"
-        assert params is not None, "only a generation draws"
-        length = len(sequence.tokens)
-        # The last draw needs no slot, and no draw may be one too many.
-        to_end = min(params.max_tokens - len(sequence.generated), speculator.context_len - length) - 1
-        slots = (len(lease.row) + self.cache.allocator.num_free) * self.cache.page_size - length
-        count = min(most, to_end, slots)
-        if count < 1:
-            return np.empty(0, dtype=np.int32)
-        tokens = sequence.tokens.view()
-        cached = self.cache.continuation(lease, tokens, count)
-        draft = speculator.draft(sequence.namespace, tokens, cached, count)
-        if not len(draft):
-            sequence.pace.missed()
-        elif not self.cache.reserve(lease, length + len(draft)):
-            return draft[:0]
-        return draft
-
     def _victim(self, planned: dict[Sequence, int]) -> Sequence:
         """The sequence to preempt: one that is paused, else the newest, never one that is planned already."""
         candidates = [s for s in self.running if s not in planned]
@@ -280,10 +248,15 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
-        self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
+        self._publish(sequence, sequence.lease, sequence.num_publishable)
         self.cache.release(sequence.lease)
         sequence.lease = None
         sequence.forget_rows(sequence.num_computed)
+
+    def _publish(self, sequence: Sequence, lease: Lease, num_tokens: int) -> None:
+        self.cache.publish(lease, sequence.tokens.view(0, num_tokens))
+        if self._speculator is not None and sequence.params is not None:
+            self._speculator.learn(sequence)
 
     # ------------------------------------------------------------------------------------------ admit
 
@@ -422,15 +395,17 @@ class Scheduler:
         outcomes: list[Outcome] = []
         for sequence, row, result in zip(step.sequences, step.batch.rows, results, strict=True):
             was_prefilling = sequence.is_prefilling
-            page = sequence.num_computed // self.cache.page_size
-            if not sequence.land(row, len(result.further)):
+            accepted = len(result.further)
+            if not sequence.land(row, accepted):
                 continue
             assert sequence.lease is not None, "a sequence that is in flight has lost its pages"
             outcomes.append(self._appended(sequence, result))
             if row.draft:
-                self._settle_draft(sequence, sequence.lease, row.draft, len(result.further))
-            if was_prefilling or sequence.num_computed // self.cache.page_size > page:
-                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))
+                self._settle_draft(sequence, sequence.lease, row.draft, accepted)
+            # What a draft brought may lie behind a stop, which is looked for only now: it is published a step later.
+            settled = sequence.num_publishable - accepted
+            if was_prefilling or settled // self.cache.page_size > sequence.lease.published // self.cache.page_size:
+                self._publish(sequence, sequence.lease, settled)
         return outcomes
 
     def _settle_draft(self, sequence: Sequence, lease: Lease, drafted: int, accepted: int) -> None:
@@ -451,8 +426,6 @@ class Scheduler:
             assert drawn.token is not None, "what is drawn is a token"
             tokens += sequence.append(drawn.token)
         self.counters.generated_tokens += len(tokens)
-        if self._speculator is not None:
-            self._speculator.learn(sequence.namespace, sequence.tokens.view(), len(tokens))
         return Outcome(sequence, result, tokens)
 
     def rebuild(self) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 
 from bough.runtime.batch import Row, SampleRequest, TrieShare
 from bough.runtime.cache.prefix_cache import Lease
+from bough.runtime.drafts import Pace
 from bough.runtime.grammar.constraint import Constraint
 from bough.runtime.lifecycle import Status, moved
 from bough.runtime.protocol import SamplingParams
-from bough.runtime.speculation import Pace
 from bough.runtime.trie import ROOT, TokenTrie, segments
 from bough.runtime.vector import IntArray, IntVector
 
@@ -211,6 +211,16 @@ class Sequence:
         self.num_jumped = len(tokens) - 1
         return tuple(tokens)
 
+    def cut(self, num_generated: int) -> int:
+        """Forget what was appended after the first `num_generated` tokens generated; return how many those were."""
+        length = min(self.prompt_len + num_generated, len(self.tokens))
+        dropped = len(self.tokens) - length
+        if dropped:
+            self.tokens.truncate(length)
+            self.goal = length
+            self.forget_rows(min(self.num_computed, length - 1))
+        return dropped
+
     @property
     def is_jumping(self) -> bool:
         """Whether what is to be computed is the token drawn last and those that a grammar forced after it."""
@@ -226,7 +236,7 @@ class Sequence:
         """Whether the next step computes the token drawn last and draws the next, with nothing that decides both."""
         return (
             self.params is not None
-            and self.constraint is None
+            and (self.constraint is None or self.constraint.is_free)
             and not self.num_due
             and self.num_planned >= self.prefill_until
             and self.num_planned == self.goal - 1 >= self.prompt_len

@@ -188,6 +188,11 @@ class Generation:
         return is_whole, {name: values[0] if len(values) == 1 else values for name, values in texts.items()}
 
     @property
+    def num_taken(self) -> int:
+        """How many of the sequence's generated tokens it took, the one that ended it included."""
+        return self._num_same + self._num_drawn
+
+    @property
     def num_replaced(self) -> int:
         """How many tokens at the branch's end give way to the first of `kept_ids`."""
         return len(self._taken) - self._num_same if self.kept_ids() else 0

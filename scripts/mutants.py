@@ -23,6 +23,7 @@ TREE = "cache/radix_tree.py"
 CACHE = "cache/prefix_cache.py"
 ALLOCATOR = "cache/page_allocator.py"
 SCHEDULER = "scheduler.py"
+SPECULATION = "speculation.py"
 ENGINE = "engine.py"
 
 MUTANTS = (
@@ -211,12 +212,43 @@ MUTANTS = (
     ),
     Mutant(
         "a rejected draft counts as computed",
-        SCHEDULER,
-        "len(row.token_ids) - row.draft + len(result.further)",
+        "sequence.py",
+        "len(row.token_ids) - row.draft + num_accepted",
         "len(row.token_ids)",
     ),
+    Mutant(
+        "what a draft brought is cached before stops are looked for",
+        SCHEDULER,
+        "settled = sequence.num_publishable - accepted",
+        "settled = sequence.num_publishable",
+    ),
+    Mutant("what stands behind a stop is kept", SCHEDULER, " -= sequence.cut(num_generated)", " -= 0"),
+    Mutant("what is cut off counts as computed", "sequence.py", "min(self.num_computed, length - 1)", "length"),
+    Mutant(
+        "a grammar's sequence drafts", "sequence.py", "(self.constraint is None or self.constraint.is_free)", "True"
+    ),
+    Mutant(
+        "draws after a draft are of one position",
+        "batch.py",
+        "position=first.position + count",
+        "position=first.position",
+    ),
+    Mutant(
+        "min_tokens is forgotten within a draft",
+        "batch.py",
+        "first.forbidden if num_drawn + count < first.params.min_tokens else ()",
+        "()",
+    ),
+    Mutant(
+        "a draft evicts what is cached",
+        SPECULATION,
+        "(len(lease.row) + cache.allocator.num_free) * cache.page_size - len(tokens)",
+        "most",
+    ),
     Mutant("a draft's pages are kept", SCHEDULER, "        self.cache.trim(lease, len(sequence.tokens))\n", ""),
-    Mutant("a draft may go beyond the end", SCHEDULER, "count = min(most, to_end, slots)", "count = min(most, slots)"),
+    Mutant(
+        "a draft may go beyond the end", SPECULATION, "count = min(most, to_end, slots)", "count = min(most, slots)"
+    ),
     Mutant(
         "a hit is counted as computed",
         SCHEDULER,

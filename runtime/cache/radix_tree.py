@@ -102,7 +102,7 @@ class RadixTree:
     def continuation(self, node: Node, tokens: IntArray, count: int) -> IntArray:
         """Return up to `count` tokens that follow `tokens`, which spell the path to `node` and go on from there.
 
-        Where several go on, what was used last; empty if none does. Changes nothing, no time of use either.
+        Where several go on, what came last; empty if none does. Changes nothing, no time of use either.
         """
         position = node.end
         found: list[IntArray] = []
@@ -110,7 +110,7 @@ class RadixTree:
             if position < len(tokens):
                 child = node.children.get(int(tokens[position]))
             else:
-                child = max(node.children.values(), key=lambda other: other.last_use)
+                child = next(reversed(node.children.values()))
             if child is None:
                 break
             common = common_prefix(child.tokens, tokens[position:])

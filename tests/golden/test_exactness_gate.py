@@ -33,7 +33,7 @@ NUM_TOKENS = 24
 PROMPT = random_ids(45, seed=1)
 PARAMS = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, top_p=0.9, logprobs=2, ignore_eos=True)
 
-Draws: TypeAlias = list[tuple[int | None, float | None, tuple[tuple[float, int], ...]]]
+Draws: TypeAlias = list[tuple[int | None, tuple[float | None, float | None, tuple[tuple[float, int], ...]]]]
 
 
 @cache
@@ -74,7 +74,7 @@ class Machine:
         for outcome in self.scheduler.commit(step, self.runner.execute(step.batch)):
             sequence, result = outcome.sequence, outcome.result
             if result.token is not None:
-                self.draws[sequence] += [(r.token, r.logprob, r.top) for r in (result, *result.further)]
+                self.draws[sequence] += [(r.token, (r.logprob, r.entropy, r.top)) for r in (result, *result.further)]
                 assert sequence.params is not None
                 if len(sequence.generated) == sequence.params.max_tokens:
                     self.scheduler.finish(sequence)
@@ -119,7 +119,7 @@ def cold(dtype: str) -> Draws:
     machine = Machine(dtype)
     draws = machine.draw(PROMPT)
     assert machine.scheduler.counters.cached_tokens == 0
-    assert len({token for token, _, _ in draws}) > 5
+    assert len({token for token, _ in draws}) > 5
     return draws
 
 
@@ -201,8 +201,8 @@ def test_preempted_equals_undisturbed(dtype: str, every: int, evict: bool) -> No
 def test_rolled_back_equals_never_gone_further(dtype: str, kept: int) -> None:
     machine = Machine(dtype)
     first = cold(dtype)
-    machine.draw(np.concatenate([PROMPT, [token for token, _, _ in first[:kept]], [5, 6, 7]]).astype(np.int32), seed=3)
-    drawn = [token for token, _, _ in first[:kept]]
+    machine.draw(np.concatenate([PROMPT, [token for token, _ in first[:kept]], [5, 6, 7]]).astype(np.int32), seed=3)
+    drawn = [token for token, _ in first[:kept]]
     back = machine.submit(np.concatenate([PROMPT, drawn]).astype(np.int32), num_tokens=NUM_TOKENS - kept)
     machine.run()
     assert back.cached_tokens == len(PROMPT) + kept - 1
@@ -212,7 +212,7 @@ def test_rolled_back_equals_never_gone_further(dtype: str, kept: int) -> None:
 @pytest.mark.parametrize("kept", [1, 10, 23])
 def test_reopened_in_a_new_runtime_equals_never_interrupted(dtype: str, kept: int) -> None:
     first = cold(dtype)
-    drawn = [token for token, _, _ in first[:kept]]
+    drawn = [token for token, _ in first[:kept]]
     machine = Machine(dtype)
     reopened = machine.submit(np.concatenate([PROMPT, drawn]).astype(np.int32), num_tokens=NUM_TOKENS - kept)
     machine.run()
@@ -226,7 +226,7 @@ class Prophet(Speculator):
     def __init__(self, prompt: IntArray, draws: Draws, wrong: int) -> None:
         super().__init__(context_len=1000)
         self.prompt = prompt
-        self.drawn = [token for token, _, _ in draws if token is not None]
+        self.drawn = [token for token, _ in draws if token is not None]
         self.wrong = wrong
 
     def draft(self, namespace: object, tokens: IntArray, cached: IntArray, count: int) -> IntArray:
@@ -267,7 +267,7 @@ def test_what_was_speculated_serves_others_like_what_was_drawn(dtype: str) -> No
     machine = Machine(dtype, speculator=Prophet(PROMPT, cold(dtype), wrong=4))
     machine.draw(PROMPT)
     assert machine.scheduler.counters.accepted_tokens < machine.scheduler.counters.drafted_tokens
-    drawn = [token for token, _, _ in cold(dtype)[:19]]
+    drawn = [token for token, _ in cold(dtype)[:19]]
     after = machine.submit(np.concatenate([PROMPT, drawn]).astype(np.int32), num_tokens=NUM_TOKENS - 19)
     machine.run()
     assert after.cached_tokens == len(PROMPT) + 18

@@ -128,8 +128,9 @@ def test_only_what_was_asked_for_is_passed_on() -> None:
         ("dtype", "device", "max_total_tokens", "token_budget", "max_running", "seed")
     )
     given: dict[str, Any] = {"schedule_policy": "lpm", "radix_cache": True, "log_level": "warning"}
-    options = runtime_options(**defaults, **given, exact=False, speculate=False, page_size=16)
-    assert options == ["--schedule-policy", "lpm", "--log-level", "warning", "--page-size", "16"]
+    for speculate, words in ((None, []), (True, ["--speculate"]), (False, ["--no-speculate"])):
+        options = runtime_options(**defaults, **given, exact=False, speculate=speculate, page_size=16)
+        assert options == [*words, "--schedule-policy", "lpm", "--log-level", "warning", "--page-size", "16"]
 
 
 @pytest.mark.parametrize(

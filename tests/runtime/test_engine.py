@@ -52,6 +52,7 @@ from bough.runtime.protocol import (
 )
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.session import Session
+from bough.runtime.speculation import Speculator
 from bough.runtime.text.chat import load_chat_template
 from bough.runtime.text.tokenizer import load_tokenizer
 
@@ -69,7 +70,11 @@ class Client:
         self.runner = FakeRunner(pages, 4, vocab_size=TOKENIZER.vocab_size, context_len=context_len)
         cache = PrefixCache(pages, 4, enabled=self.config.radix_cache)
         self.scheduler = Scheduler(
-            cache, token_budget=self.config.token_budget, max_running=self.config.max_running, clock=self.clock
+            cache,
+            token_budget=self.config.token_budget,
+            max_running=self.config.max_running,
+            speculator=Speculator(context_len) if self.config.speculate else None,
+            clock=self.clock,
         )
         prompter = Prompter(TOKENIZER, load_chat_template(POCKET), "pocket")
         composer = Composer(
@@ -142,6 +147,31 @@ def test_a_pipelined_program_runs_in_order_without_waiting_for_a_reply(client: C
     client.run()
     generated = client.last(first, Generated).text
     assert client.text_of(1) == "Hello world" + generated + " and then" + client.last(second, Generated).text
+
+
+def test_a_stop_inside_a_draft_ends_there_and_leaves_nothing_more_in_the_cache_than_plain_decoding() -> None:
+    plain, speculating = Client(), Client(speculate=True)
+    for stop in range(2, 19):
+        said: list[tuple[Generated, list[int], int, int]] = []
+        for client in (plain, speculating):
+            client.branch(100 + stop, Text("Once"))
+            first = client.generate(100 + stop, max_tokens=20)
+            client.run()
+            ids = client.ids(first)
+            client.scheduler.cache.flush()  # what siblings said is known still
+            client.branch(200 + stop, Text("Once"))
+            before = client.scheduler.counters.generated_tokens
+            again = client.generate(200 + stop, max_tokens=20, stop_token_ids=(ids[stop],))
+            client.run()
+            cached = sum(len(node.tokens) for node in client.scheduler.cache.tree.nodes())
+            generated = client.scheduler.counters.generated_tokens - before
+            said.append((client.last(again, Generated), client.ids(again), cached, generated))
+        (one, *facts), (other, *other_facts) = said
+        assert (other.text, other.finish_reason, other.matched_stop) == (one.text, one.finish_reason, one.matched_stop)
+        assert other_facts == facts, "the tokens kept, cached and counted are those of plain decoding"
+        assert other.usage.completion_tokens == one.usage.completion_tokens
+    assert speculating.scheduler.counters.accepted_tokens > 50
+    assert plain.scheduler.counters.drafted_tokens == 0
 
 
 def test_tokens_do_not_depend_on_how_constants_are_cut(client: Client) -> None:

@@ -55,7 +55,7 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0, 
     tokenizer, clock = load_tokenizer(resolve_model("pocket")), FakeClock()
     grammars = GrammarCompiler(Vocabulary(tokenizer, tokenizer.vocab_size), is_deferred=True)
     cache = PrefixCache(PAGES, PAGE_SIZE)
-    speculator = Speculator(CONTEXT_LEN) if speculate else None
+    speculator = Speculator(CONTEXT_LEN, row_cost=0.2) if speculate else None
     scheduler = Scheduler(cache, token_budget=12, max_running=3, clock=clock, speculator=speculator)
     composer = Composer(
         Prompter(tokenizer, load_chat_template(resolve_model("pocket")), "pocket"),
@@ -69,7 +69,7 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0, 
     session = Session(b"me", "local", "test", 0.0)
     with Journal(path) as journal:
         facts = {"model": "pocket", "version": "0", "seed": SEED, "epoch": 1, "page_size": PAGE_SIZE}
-        sizes = {"num_pages": PAGES, "vocab_size": tokenizer.vocab_size, "context_len": CONTEXT_LEN}
+        sizes = {"num_pages": PAGES, "vocab_size": tokenizer.vocab_size, "context_len": CONTEXT_LEN, "row_cost": 0.2}
         journal.start(dataclasses.replace(CONFIG, speculate=speculate), **facts, **sizes)
         journal.hello(0.0, b"me", "local", "test")
         in_flight = InFlight(scheduler, RecordingExecutor(runner, journal), credit=CONFIG.credit, clock=clock)

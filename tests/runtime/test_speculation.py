@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bough.runtime.cache.prefix_cache import PrefixCache
-from bough.runtime.speculation import LEAST_MATCH, MOST_DRAFT, NgramTable, Pace, Speculator, repeated
+from bough.runtime.drafts import FIRST_DRAFT, LEAST_MATCH, MOST_DRAFT, NgramTable, Pace, repeated
+from bough.runtime.protocol import SamplingParams
+from bough.runtime.sequence import Sequence
+from bough.runtime.speculation import Speculator
 from bough.runtime.vector import IntArray
 
 IDS = st.lists(st.integers(1, 4), max_size=40)
@@ -90,21 +93,67 @@ def test_the_tree_goes_on_after_what_is_published_and_what_is_not_yet() -> None:
 
 def test_drafts_that_come_true_grow_and_others_stop() -> None:
     pace = Pace()
-    first = pace.allowed()
+    assert pace.allowed(0.1) == FIRST_DRAFT, "the first draft is short: nothing is known yet"
     for _ in range(8):
         pace.record(4, 4)
-    assert first < pace.allowed() >= MOST_DRAFT - 1
+    assert pace.allowed(0.1) == MOST_DRAFT
     tried = 0
     for _ in range(1000):
-        if allowed := pace.allowed():
-            tried += 1
+        if allowed := pace.allowed(0.1):
+            tried += allowed
             pace.record(allowed, 0)
-    assert tried < 20, "what does not pay is tried ever more rarely"
-    while not pace.allowed():
+    assert tried < 60, "what does not pay is tried ever more rarely, one token at a time"
+    while not pace.allowed(0.1):
         pass
     for _ in range(3):
         pace.record(1, 1)
-    assert pace.allowed() > 1, "and again when it does"
+    assert pace.allowed(0.1) > 1, "and again when it does"
+
+
+@given(share=st.floats(0.001, 1), least=st.floats(0.001, 0.999))
+def test_a_draft_ends_where_a_token_more_would_cost_more_than_it_gains(share: float, least: float) -> None:
+    count = Pace(drafted=1, share=share).allowed(least)
+    assert 1 <= count <= MOST_DRAFT
+    assert count == 1 or share**count >= least * (1 - 1e-9)
+    assert count == MOST_DRAFT or share ** (count + 1) < least * (1 + 1e-9)
+
+
+def test_what_pays_in_a_small_step_does_not_in_a_large_one() -> None:
+    speculator = Speculator(100, row_cost=0.1)
+    drafted = {}
+    for num_tokens in (1, 32):
+        pace, rng = Pace(), np.random.default_rng(0)
+        for _ in range(300):
+            if allowed := pace.allowed(speculator.least_share(num_tokens)):
+                pace.record(allowed, next((i for i in range(allowed) if rng.random() > 0.6), allowed))
+        drafted[num_tokens] = pace.drafted
+    assert drafted[1] > 300, "one token in ten of a step's time, and more than half come true"
+    assert drafted[32] < 60, "a row takes three quarters of what a token gains"
+
+
+def test_siblings_learn_what_was_drawn_once_and_no_prompt() -> None:
+    speculator = Speculator(100)
+    sequence = Sequence(ids(1, 2, 3, 4, 5), params=SamplingParams())
+    speculator.learn(sequence)
+    for token in (6, 7, 8):
+        sequence.append(token)
+    speculator.learn(sequence)
+    assert speculator.draft(None, ids(3, 4, 5), ids(), 9).tolist() == [6, 7, 8]
+    assert len(speculator.draft(None, ids(1, 2, 3), ids(), 9)) == 0
+    sequence.append(9)
+    speculator.learn(sequence)
+    assert speculator.draft(None, ids(6, 7, 8), ids(), 9).tolist() == [9]
+
+
+def test_what_is_cut_off_was_never_computed() -> None:
+    sequence = Sequence(ids(1, 2, 3), params=SamplingParams())
+    for token in (4, 5, 6, 7):
+        sequence.append(token)
+    sequence.num_computed = 6
+    assert sequence.cut(2) == 2
+    assert sequence.tokens.view().tolist() == [1, 2, 3, 4, 5]
+    assert (sequence.goal, sequence.num_publishable) == (5, 4)
+    assert sequence.cut(2) == 0
 
 
 @settings(max_examples=50)
@@ -113,7 +162,10 @@ def test_a_draft_is_never_longer_than_asked_and_the_tree_comes_first(
     text: list[int], cached: list[int], count: int
 ) -> None:
     speculator = Speculator(100)
-    speculator.learn(None, ids(*text), len(text))
+    sequence = Sequence(ids(1), params=SamplingParams())
+    for token in text:
+        sequence.append(token)
+    speculator.learn(sequence)
     draft = speculator.draft(None, ids(*text), ids(*cached), count)
     assert len(draft) <= count
     if cached:
