@@ -30,7 +30,7 @@ from bough.runtime.policies import POLICIES
 from bough.runtime.protocol import RequestError
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
-from bough.runtime.vector import common_prefix
+from bough.runtime.vector import IntArray, common_prefix
 
 # What was used in this many steps is not evicted to admit another sequence while anything runs: a program's next
 # request arrives a step or so after its last result, and what waits is matched, and so used, when the queue is ranked.
