@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from processes import within
@@ -35,14 +36,16 @@ def meta(f: bo.State, name: str) -> list[Any]:
     return [found.get(key) for key in names]
 
 
+def answers(runtime: bo.Runtime, temperature: float) -> Any:
+    return records.run(temperature=temperature, seed=8, backend=runtime)["all"]
+
+
 def test_a_program_that_repeats_itself_says_the_same_in_fewer_steps() -> None:
     said: dict[bool, list[Any]] = {}
     stats: dict[bool, dict[str, Any]] = {}
     for speculate in (False, True):
         with bo.Runtime(seed=3, speculate=speculate, exact=True) as runtime:
-            said[speculate] = [
-                within(60, lambda t=t: records.run(temperature=t, seed=8, backend=runtime)["all"]) for t in (0.0, 0.9)
-            ]
+            said[speculate] = [within(60, partial(answers, runtime, temperature)) for temperature in (0.0, 0.9)]
             stats[speculate] = dict(runtime.stats())
     assert said[True] == said[False]
     assert stats[False]["drafted_tokens"] == 0
