@@ -158,25 +158,25 @@ MUTANTS = (
     Mutant(
         "a token is published that was not computed",
         SCHEDULER,
-        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable))",
-        "                self.cache.publish(sequence.lease, sequence.tokens.view(0, sequence.num_publishable + 1))",
+        "self._publish(sequence, sequence.lease, settled)",
+        "self._publish(sequence, sequence.lease, settled + 1)",
     ),
     Mutant(
         "nothing is published before the end",
         SCHEDULER,
-        "            if was_prefilling or sequence.num_computed // self",
-        "            if False and self",
+        "            if was_prefilling or settled // self",
+        "            if False and settled // self",
     ),
     Mutant(
         "pages are given back unpublished",
         SCHEDULER,
-        "sequence.tokens.view(0, sequence.num_publishable))\n        self.cache.release",
-        "sequence.tokens.view(0, 0))\n        self.cache.release",
+        "self._publish(sequence, sequence.lease, sequence.num_publishable)\n        self.cache.release",
+        "self._publish(sequence, sequence.lease, 0)\n        self.cache.release",
     ),
     Mutant(
         "single flight is off",
         SCHEDULER,
-        "if common - self._matched_len(sequence) >= self.cache.page_size:",
+        "if common_prefix(other.tokens.view(0, least), wanted) == least:",
         "if False:",
     ),
     Mutant(
