@@ -30,7 +30,7 @@ class Bough:
     """A runtime of its own; starts cold for every run."""
 
     def __init__(self, model: Path, *, radix_cache: bool) -> None:
-        self.runtime = bough.Runtime(model, radix_cache=radix_cache, max_total_tokens=65_536)
+        self.runtime = bough.Runtime(model, radix_cache=radix_cache, max_total_tokens=65_536, speculate=False)
 
     def run(self, workload: Workload) -> Run:
         """Carry the workload out."""
