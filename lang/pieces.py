@@ -385,12 +385,13 @@ class Onward(list["Strand"]):
 class Strand:
     """The pieces that one state appended, and the strands that were forked off it (for drawing the tree).
 
-    dropped: calls whose text was forgotten; they were paid for.
+    name: what the branch was forked as. dropped: calls whose text was forgotten; they were paid for.
     """
 
-    __slots__ = ("dropped", "forks", "items")
+    __slots__ = ("dropped", "forks", "items", "name")
 
     def __init__(self) -> None:
+        self.name: str | None = None
         self.items: list[Item] = []
         self.dropped: tuple[GenCall | SelectCall, ...] = ()
         self.forks: list[tuple[int, list[Strand]]] = []

@@ -496,7 +496,8 @@ class State(AsyncReads, TimeTravel, Searching):
                 raise InvalidRequest(f"names must be one per branch, {number!r}, got {len(names)}", field="names")
         states = self._fork(number, State)
         for number, state in enumerate(states):
-            state._name = None if names is None else names[number]
+            if names is not None:
+                state._name = state._interpreter.strand.name = names[number]
             if args is not None:
                 state._arg = args[number]
         return states

@@ -43,7 +43,8 @@ def _strand_lines(strand: Strand, totals: list[int]) -> list[str]:
             for number, child in enumerate(row):
                 inner = _strand_lines(child, totals)
                 corner, side = ("└─ ", "   ") if number == len(row) - 1 else ("├─ ", "│  ")
-                lines.append(f"{rail}{corner}[{number}]")
+                name = str(number) if child.name is None else _preview(" ".join(child.name.split()))
+                lines.append(f"{rail}{corner}[{name}]")
                 lines += [f"{rail}{side}{line}" for line in inner]
         elif isinstance(row, str):
             lines.append(f"{branch}{_preview(row)}")

@@ -51,3 +51,12 @@ def test_the_tree_shows_what_failed() -> None:
     lines = fails.run(backend=bo.ScriptedBackend(reply)).tree().splitlines()
     assert lines[1] == "├─ " + ("'" + "x" * 46) + "…"
     assert lines[2] == "└─ gen x  failed: Overloaded: busy"
+
+
+def test_a_branch_that_has_a_name_is_drawn_with_it() -> None:
+    state = bo.State(bo.ScriptedBackend(["yes", "no"]))
+    forks = state.fork(names=["plan", "critic of\nthe plan"])
+    forks += bo.gen("x")
+    state.fork(1)
+    lines = [line for line in state.tree().splitlines() if line.endswith("]")]
+    assert lines == ["│  ├─ [plan]", "│  └─ [critic of the plan]", "   └─ [0]"]
