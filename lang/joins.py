@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bough.cells import Dense
 from bough.errors import InvalidRequest
 from bough.expressions import RoleBegin, RoleEnd
 from bough.interpreter import Interpreter, Lease
-from bough.pieces import Gathered, GenCall, Item, Mark, Onward, Strand, Trunk, text_of
+from bough.pieces import Gathered, GenCall, Item, Mark, Onward, Strand, Trunk, items_after, text_of
 
 if TYPE_CHECKING:
     from bough.state import State
@@ -70,7 +70,10 @@ def check_roles(states: Sequence[State]) -> None:
 def best(states: Sequence[State], score: Score) -> State:
     """Return the first of the states with the highest score; those that failed have none. Raises if all failed."""
     alive = sound(states)
-    scores = [float(score(state)) for state in alive]
+    if score is mean_logprob:
+        scores = [_mean_logprob(state._interpreter.own_items()) for state in alive]
+    else:
+        scores = [float(score(state)) for state in alive]
     return alive[scores.index(max(scores))]
 
 
@@ -168,15 +171,33 @@ def _as_text(items: Sequence[Item]) -> Iterator[Any]:
 def mean_logprob(state: State) -> float:
     """Return the mean natural-log probability of the tokens that a state generated, its forks' past included.
 
-    The usual score of a branch; of gens with `return_logprob=True`, and 0 for a state that generated nothing. Raises
-    InvalidRequest if it generated something, but none of it has log-probabilities::
+    The usual score of a branch; of gens with `return_logprob=True`, and 0 for a state that generated nothing. `best`
+    and the searches leave out what was generated before the fork, the same for all branches. Raises InvalidRequest if
+    it generated something, but none of it has log-probabilities::
 
         forks = s.fork(4)
         forks += bo.gen("answer", return_logprob=True)
         forks.best(bo.mean_logprob)
     """
+    return _mean_logprob(state._interpreter.items())
+
+
+def mean_logprob_since(root: State) -> Score:
+    """Return the same score for branches of branches: of what was generated since the first fork off `root`."""
+    interpreter = root._interpreter
+    point = (interpreter.strand, len(interpreter.strand.items))
+
+    def score(state: State) -> float:
+        items = items_after(state._interpreter.trunk, state._interpreter.strand, point)
+        assert items is not None, "a branch comes after the state it was forked off"
+        return _mean_logprob(items)
+
+    return score
+
+
+def _mean_logprob(items: Iterable[Item]) -> float:
     total, number, without = 0.0, 0, None
-    for item in state._interpreter.items():
+    for item in items:
         if isinstance(item, GenCall):
             meta = item.meta()
             first = meta[0] if isinstance(meta, list) else meta
@@ -188,5 +209,8 @@ def mean_logprob(state: State) -> float:
                 number += len(logprobs)
     if without is not None and not number:
         name = without.name or "(unnamed)"
-        raise InvalidRequest(f"gen {name} has no log-probabilities: give return_logprob=True")
+        raise InvalidRequest(
+            f"gen {name} has no log-probabilities: give return_logprob=True, or choose by another score",
+            field="return_logprob",
+        )
     return total / number if number else 0.0

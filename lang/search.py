@@ -15,7 +15,7 @@ import msgspec
 
 from bough.errors import InvalidRequest
 from bough.expressions import Expression
-from bough.joins import Score, mean_logprob, sound
+from bough.joins import Score, mean_logprob, mean_logprob_since, sound
 from bough.race import end_all
 from bough.sampling import count
 
@@ -51,7 +51,7 @@ def beam(
 ) -> list[State]:
     """Return at most `width` branches, the best first, each grown by up to `depth` steps."""
     width, depth, branching = _whole("width", width), _whole("depth", depth), _whole("branching", branching)
-    judge = score or mean_logprob
+    judge = score or mean_logprob_since(state)
     beams: list[tuple[float, State, bool]] = []
     issued: list[State] = []
     try:
@@ -170,7 +170,7 @@ class TreeSearch:
         grown = [
             (leaf, _stepped(leaf.state, self._branching, self._step, self._score, self._issued)) for leaf in leaves
         ]
-        judge = self._score or mean_logprob
+        judge = self._score or mean_logprob_since(self.root.state)
         for leaf, children in grown:
             for child in _alive(children):
                 score = float(judge(child))

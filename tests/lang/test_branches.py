@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import Future
+from itertools import count
 from typing import Any
 
+import msgspec
 import pytest
 
 import bough as bo
 from bough import State
+from bough.backend import Branch, Generation
+from bough.runtime.protocol import SamplingParams, TokenLogprob
 
 
 def say(*replies: str) -> bo.ScriptedBackend:
@@ -176,6 +181,57 @@ def test_the_default_score_is_the_mean_log_probability() -> None:
     plain += bo.gen("y")
     with pytest.raises(bo.InvalidRequest, match="gen y has no log-probabilities"):
         bo.mean_logprob(plain)
+
+
+class Likely(bo.ScriptedBackend):
+    """Says "a" with a log-probability of -1, then "b" with -2, and so on, where log-probabilities are asked for."""
+
+    def __init__(self) -> None:
+        self._letters = count()
+        super().__init__(lambda text, params: chr(ord("a") + next(self._letters)))
+
+    def generate(self, branch: Branch, params: SamplingParams, **options: Any) -> Future[Generation]:
+        done = super().generate(branch, params, **options).result()
+        if done.logprobs is not None:
+            logprob = -1.0 - ord(done.text) + ord("a")
+            done = msgspec.structs.replace(done, logprobs=[TokenLogprob(logprob, 1, done.text, [])])
+        future: Future[Generation] = Future()
+        future.set_result(done)
+        return future
+
+
+def test_the_best_branch_is_judged_by_what_it_generated_itself() -> None:
+    asked = bo.gen("x", return_logprob=True)
+    s = State(Likely())
+    s += bo.gen("before")
+    forks = s.fork(2)
+    forks += asked
+    assert [bo.mean_logprob(f) for f in forks] == [-2.0, -3.0]
+    forks[0].__iadd__(" more " + asked)
+    assert bo.mean_logprob(forks[0]) == -3.0  # b and d, as good as c
+    below = forks[0].fork(2)
+    below += asked
+    assert [bo.mean_logprob(b) for b in below] == [(-2.0 - 4.0 - own) / 3 for own in (5.0, 6.0)]
+    below.best()
+    assert forks[0]["x"] == "e"
+
+    s = State(say("a", "b", "c"))
+    s += bo.gen("before", return_logprob=True)  # the same for all: it is no reason for any of them
+    forks = s.fork(2)
+    forks += bo.gen("x")
+    with pytest.raises(bo.InvalidRequest, match="gen x has no log-probabilities"):
+        forks.best()
+
+
+def test_a_choice_by_default_needs_nothing_of_what_came_before_the_fork() -> None:
+    s = State(say("a"))
+    s += bo.gen("plan")
+    forks = s.fork(2)
+    forks += ["one", "two"]
+    forks.best()
+    assert s.text() == "aone"
+    (leaf,) = s.beam(1, "!", depth=2, branching=1)
+    assert leaf.text() == "aone!!"
 
 
 def test_a_state_that_went_on_cannot_become_its_branch() -> None:
