@@ -119,9 +119,12 @@ class Expected:
         self._failures: dict[tuple[Path, int], BoughError] = {}
         self._lock = threading.Lock()
         self._ends: dict[Path, int] = {}
+        self._last: dict[Path, int] = {}
         for op in run.ops:
             self._take(op)
             self._ends[op.path] = max(op.index, self._ends.get(op.path, 0))
+            if op.kind not in ("extend", "rewind"):  # those have the index of what follows them
+                self._last[op.path] = max(op.index, self._last.get(op.path, 0))
 
     def _take(self, op: RecordedOp) -> None:
         where = (op.path, op.index)
@@ -155,6 +158,8 @@ class Expected:
                     self._consume(path, index, texts, part.text)
                 elif not isinstance(part, protocol.Tokens):
                     role = part.role if isinstance(part, protocol.RoleBegin) else ""
+                    if not texts:
+                        self._check_recorded(path, index, f"a message of {role!r}" if role else "the end of a message")
                     known, text = texts.popleft() if texts else (None, "")
                     if known != role:
                         raise _mismatch(path, index, "role", known if known is not None else text, role)
@@ -165,7 +170,18 @@ class Expected:
         """Whether the branch's record ends before this: text after the last gen is sent when somebody asks for it."""
         return path in self._ends and index > self._ends[path]
 
+    def _check_recorded(self, path: Path, index: int, asked: str) -> None:
+        """Raise ReplayMismatch if the branch's record ends before this operation."""
+        if index > self._last.get(path, -1):
+            raise ReplayMismatch(
+                f"branch {_named(path)}, operation {index}: {asked} is asked for, the journal holds no such operation "
+                "yet: it was read before its run was done (wait with `state.sync()`), or the program does more now",
+                path=path, index=index, field="operation", expected=None, got=asked,
+            )  # fmt: skip
+
     def _consume(self, path: Path, index: int, texts: deque[tuple[str | None, str]], text: str) -> None:
+        if not texts:
+            self._check_recorded(path, index, f"the text {_short(text)}")
         role, known = texts.popleft() if texts else (None, "")
         if role is not None or not known.startswith(text):
             raise _mismatch(path, index, "text", known, text)
@@ -178,6 +194,7 @@ class Expected:
             op = self._ops.pop((path, index), None)
             left = self._texts.get((path, index))
         if op is None:
+            self._check_recorded(path, index, f"{kind} {name or '(unnamed)'}")
             raise _mismatch(path, index, "operation", None, kind)
         if left:
             raise _mismatch(path, index, "text", left[0][1], "")
@@ -216,8 +233,12 @@ def _first_difference(field: str, known: Any, now: Any) -> tuple[str, Any, Any]:
     return field, known, now
 
 
+def _named(path: Path) -> str:
+    return ".".join(map(str, path)) or "root"
+
+
 def _mismatch(path: Path, index: int, field: str, expected: Any, got: Any, position: int | None = None) -> BoughError:
-    where = ".".join(map(str, path)) or "root"
+    where = _named(path)
     token = "" if position is None else f", token {position}"
     return ReplayMismatch(
         f"branch {where}, operation {index}{token}: {field} was {_short(expected)} in the journal and is {_short(got)}",

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import stat
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,10 @@ def test_a_replay_names_the_first_token_that_differs(tmp_path: Path, target: str
     [
         ({"question": "Why?"}, r"root, operation 0: text was 'Which\?' in the journal and is 'Why\?'"),
         ({"width": 2}, "branch 2, operation 0: operation was 'gen' in the journal and is None"),
-        ({"width": 4}, "branch 3, operation 0: text was '' in the journal and is 'branch 3: '"),
+        (
+            {"width": 4},
+            "branch 3, operation 0: the text 'branch 3: ' is asked for, the journal holds no such operation yet",
+        ),
         ({"options": ("a", "c")}, r"choices was \['a', 'b'\] in the journal and is \['a', 'c'\]"),
     ],
 )
@@ -180,6 +184,32 @@ def test_failures_are_recorded_and_fail_again(tmp_path: Path) -> None:
     assert bo.replay(tmp_path / "j", two, backend=bo.ScriptedBackend(failing)).ret_value == "survived"
     with pytest.raises(bo.ReplayMismatch, match="operation 1: error was 'ContextOverflow' in the journal and is None"):
         bo.replay(tmp_path / "j", two, backend=bo.ScriptedBackend(lambda text, params: "1 2"))
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+def test_a_journal_that_is_read_before_its_run_is_done_says_so(tmp_path: Path, has_text: bool) -> None:
+    backend = model()
+    unfinished: list[Future[Any]] = []
+
+    def never(branch: int, params: SamplingParams, **more: Any) -> Future[Any]:
+        unfinished.append(Future())
+        return unfinished[-1]
+
+    backend.generate = never  # type: ignore[assignment]
+    if not has_text:
+        backend.extend = never  # type: ignore[assignment]
+
+    @bo.function
+    def early(s: bo.State) -> None:
+        s += bo.user("Which?") + bo.assistant(bo.gen("x"))
+
+    state = early.run(backend=backend, journal=tmp_path / "j")
+    asked = "gen x" if has_text else "a message of 'user'"
+    words = f"branch root, operation 0: {asked} is asked for, the journal holds no such operation yet"
+    with pytest.raises(bo.ReplayMismatch, match=words) as caught:
+        bo.replay(tmp_path / "j", early, backend=model())
+    assert caught.value.details["field"] == "operation"
+    state.cancel()
 
 
 def test_every_run_of_a_batch_is_in_one_journal(tmp_path: Path) -> None:
