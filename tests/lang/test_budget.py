@@ -138,3 +138,13 @@ def test_usage_waits_for_nothing_and_counts_what_failed_once() -> None:
     usage = s.usage
     assert (usage.num_failed, usage.num_pending) == (2, 0), "y depends on x"
     assert (usage.prompt_tokens, usage.generated_tokens, usage.cancelled_tokens) == (7, 5, 9)
+
+
+def test_usage_tells_what_of_it_a_grammar_forced() -> None:
+    def cancelled(text: str, params: object) -> str:
+        raise bo.Cancelled("stopped", completion_tokens=5, forced_tokens=3)
+
+    s = bo.State(bo.ScriptedBackend(cancelled))
+    s += bo.gen("x")
+    s.sync()
+    assert (s.usage.generated_tokens, s.usage.forced_tokens) == (5, 3)
