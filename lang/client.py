@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from bough.backend import Branch, Generation, OnDelta
-from bough.errors import BoughError, InvalidRequest
+from bough.errors import BoughError, InvalidRequest, RuntimeLost
 from bough.link import Convert, Entry, Keys, Link
 from bough.runtime import protocol
 from bough.runtime.protocol import ChoiceMethod, Extended, Part, SamplingParams, Selected, Welcome
@@ -23,11 +25,18 @@ if TYPE_CHECKING:
     from bough.recovery import RecoveringLink
 
 
+ANSWER_S: Final = 10.0
+SOCKET_S: Final = 1.0
+LOOK_S: Final = 0.02
+TELL_AFTER_S: Final = 2.0
+
+
 class RuntimeClient:
     """A connection to a running runtime, to be used as a backend; a context manager.
 
-    address: `ipc:///path` or `tcp://host:port`. timeout: seconds to wait for the runtime's welcome. silence_timeout:
-    seconds without any answer after which the runtime counts as hung. For tcp with CURVE: the runtime's public key and
+    address: `ipc:///path` or `tcp://host:port`. timeout: seconds to wait for the runtime to listen and to answer; if it
+    is not given, 10, but 1 for the socket of an ipc address to be there. silence_timeout: seconds without any answer
+    after which the runtime counts as hung. For tcp with CURVE: the runtime's public key and
     this client's key pair, in Z85. `watch` returns why the runtime's process has ended, or None.
 
     One socket, one thread, however many programs run. Raises RuntimeLost if nothing answers at the address.
@@ -37,7 +46,7 @@ class RuntimeClient:
         self,
         address: str,
         *,
-        timeout: float = 10.0,
+        timeout: float | None = None,
         silence_timeout: float = 10.0,
         server_public_key: str | None = None,
         public_key: str | None = None,
@@ -45,8 +54,10 @@ class RuntimeClient:
         watch: Callable[[], str | None] | None = None,
     ) -> None:
         keys = _keys(server_public_key, public_key, secret_key)
+        ends_at = time.monotonic() + (ANSWER_S if timeout is None else timeout)
+        _await_socket(address, SOCKET_S if timeout is None else timeout)
         link = Link(address, silence_s=silence_timeout, watch=watch, keys=keys)
-        link.start(timeout)
+        link.start(max(ends_at - time.monotonic(), 0.001), tell_after_s=TELL_AFTER_S)
         self._use(link)
 
     @classmethod
@@ -236,6 +247,20 @@ def _selected(num_choices: int) -> Convert:
         return reply
 
     return convert
+
+
+def _await_socket(address: str, timeout_s: float) -> None:
+    """Wait until the socket of an ipc address is there: ZeroMQ would try to connect for ever, and say nothing."""
+    scheme, _, path = address.partition("://")
+    if scheme != "ipc" or path.startswith(("@", "*")):
+        return
+    ends_at = time.monotonic() + timeout_s
+    while not os.path.exists(path):
+        if time.monotonic() > ends_at:
+            raise RuntimeLost(
+                f"no runtime answered at {address} within {timeout_s:g} s: there is no socket {path}", path=path
+            )
+        time.sleep(LOOK_S)
 
 
 def _now(future: Future[Any]) -> Any:

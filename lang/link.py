@@ -112,8 +112,11 @@ class Link:
 
     # ------------------------------------------------------------------------------------------ any thread
 
-    def start(self, timeout_s: float) -> protocol.Welcome:
-        """Connect and say hello. Raises RuntimeLost if nothing answers in time, ProtocolMismatch if no runtime does."""
+    def start(self, timeout_s: float, *, tell_after_s: float | None = None) -> protocol.Welcome:
+        """Connect and say hello. Raises RuntimeLost if nothing answers in time, ProtocolMismatch if no runtime does.
+
+        tell_after_s: when to log what is waited for.
+        """
         if self._stopping:
             raise self._closed()
         self._bell.setblocking(False)
@@ -131,13 +134,20 @@ class Link:
         hello: Future[protocol.Welcome] = Future()
         self.send(protocol.Hello(next(self.ops), f"bough pid {self._pid}"), Entry(protocol.Welcome, None, hello))
         try:
-            return hello.result(timeout_s)
+            if tell_after_s is None or tell_after_s >= timeout_s:
+                return hello.result(timeout_s)
+            with contextlib.suppress(FutureTimeout):
+                return hello.result(tell_after_s)
+            log.warning("waiting for a runtime to answer at %s, for %.3g s at most", self.address, timeout_s)
+            return hello.result(timeout_s - tell_after_s)
         except BoughError as error:
             self.stop()
             raise error.again() from error.__cause__
         except FutureTimeout:
             self.stop()
-            raise RuntimeLost(f"no runtime answered at {self.address} within {timeout_s:g} s") from None
+            raise RuntimeLost(
+                f"no runtime answered at {self.address} within {timeout_s:.3g} s: is one listening there?"
+            ) from None
 
     def send(
         self, request: Any, entry: Entry | None, buffers: Sequence[protocol.Buffer] = (), *, limit: int = MAX_OUTBOX

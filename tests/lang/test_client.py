@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -372,8 +373,37 @@ def test_a_request_that_the_peer_could_not_read_ends_the_connection(peer: Loopba
 
 
 def test_nobody_at_the_address_is_told_in_time(address: str) -> None:
-    with pytest.raises(bo.RuntimeLost, match=r"no runtime answered at ipc://.* within 0.1 s"):
+    path = address.removeprefix("ipc://")
+    with pytest.raises(bo.RuntimeLost, match=rf"no runtime answered at {address} within 0.1 s: .* {path}") as lost:
         RuntimeClient(address, timeout=0.1)
+    assert lost.value.details["path"] == path
+
+
+def test_a_socket_that_is_not_there_is_not_waited_for_as_long_as_an_answer(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bough.client.SOCKET_S", 0.05)
+    with pytest.raises(bo.RuntimeLost, match=r"within 0\.05 s: there is no socket"):
+        RuntimeClient(address)
+
+
+def test_a_runtime_that_begins_to_listen_in_time_is_found(address: str) -> None:
+    begun: list[Loopback] = []
+    starting = threading.Timer(0.1, lambda: begun.append(Loopback(address).__enter__()))
+    starting.start()
+    with RuntimeClient(address, timeout=WAIT_S) as late:
+        assert late.server_info()["address"] == address
+    starting.join()
+    begun[0].__exit__(None, None, None)
+
+
+def test_what_is_waited_for_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("bough.client.TELL_AFTER_S", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(bo.RuntimeLost, match=f"no runtime answered at {address} within 0.1 s"):
+            RuntimeClient(address, timeout=0.1)
+    assert f"waiting for a runtime to answer at {address}" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", ["nonsense", "http://localhost:1", "tcp://"])
