@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from bough.backend import Generation
 from bough.capabilities import Capabilities, require
 from bough.errors import (
@@ -24,6 +26,7 @@ from bough.errors import (
 from bough.runtime.protocol import Grammar, SamplingParams, TokenLogprob, Usage
 from bough.tool_formats import template_calls
 from bough.transcript import Transcript
+from bough.typed import ending_itself
 
 NO_TOKEN_ID: Final = -1
 """The protocol tells the text of a token, not its id."""
@@ -57,6 +60,7 @@ def chat_request(
         )
         messages.append({"role": "assistant", "content": conversation.content})
         extra = {can.extensions["continue_final_message"]: True, "add_generation_prompt": False}
+    params, grammar = _fitted(params, grammar, can)
     request = {"model": model, "messages": messages, **_sampling(params, can, max_tokens_field)}
     if conversation.tools:
         request["tools"] = json.loads(conversation.tools)
@@ -112,7 +116,9 @@ def completion_request(
     model: str, transcript: Transcript, params: SamplingParams, grammar: Grammar | None, can: Capabilities
 ) -> dict[str, Any]:
     """Return the arguments of a completion of the text. Raises UnsupportedByBackend for messages."""
-    request = {"model": model, "prompt": prompt_of(transcript), **_sampling(params, can, "max_tokens")}
+    prompt = prompt_of(transcript)
+    params, grammar = _fitted(params, grammar, can)
+    request = {"model": model, "prompt": prompt, **_sampling(params, can, "max_tokens")}
     if params.logprobs is not None:
         request["logprobs"] = params.logprobs
     return _constrained(request, grammar, can, request.pop("extra_body", {}))
@@ -128,6 +134,17 @@ def prompt_of(transcript: Transcript) -> str:
     text, has_messages = transcript.whole()
     require(not has_messages, "roles", "write messages: a completion model takes plain text (or is_chat_model=True)")
     return text
+
+
+def _fitted(
+    params: SamplingParams, grammar: Grammar | None, can: Capabilities
+) -> tuple[SamplingParams, Grammar | None]:
+    """Return both in the words that the server knows. Raises UnsupportedByBackend if it has none for the grammar."""
+    can.check_grammar(grammar)
+    if grammar is None or "stop_regex" in can.extensions:
+        return params, grammar
+    grammar, stop_regex = ending_itself(grammar, params.stop_regex)
+    return msgspec.structs.replace(params, stop_regex=stop_regex), grammar
 
 
 def _sampling(params: SamplingParams, can: Capabilities, max_tokens_field: str) -> dict[str, Any]:
@@ -156,7 +173,6 @@ def _sampling(params: SamplingParams, can: Capabilities, max_tokens_field: str) 
 def _constrained(
     request: dict[str, Any], grammar: Grammar | None, can: Capabilities, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    can.check_grammar(grammar)
     more = dict(extra)
     if grammar is not None and grammar.kind in can.extensions:
         more[can.extensions[grammar.kind]] = json.loads(grammar.source) if grammar.kind == "choices" else grammar.source

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from bough import scalars
 from bough.errors import InvalidRequest
 from bough.grammars import Grammar, Json, Rx, one_of
@@ -101,8 +103,23 @@ def _of_pattern(kind: type[Any]) -> Shape[Any]:
     # write " apples" would be made to choose between two things it does not want. So whatever is no part of a number
     # is allowed too, ends it, and is taken off again, as any stop is.
     other = f"[^{charset}]"
-    wire = protocol.Grammar(kind="regex", source=f"(?:{pattern})(?:{other}(?s:.*))?")
+    wire = protocol.Grammar(kind="regex", source=f"(?:{pattern}){_tail(other)}")
     return Shape(kind, Rx(pattern), read, wire, (other,))
+
+
+def _tail(other: str) -> str:
+    return f"(?:{other}(?s:.*))?"
+
+
+def ending_itself(grammar: protocol.Grammar, stop_regex: tuple[str, ...]) -> tuple[protocol.Grammar, tuple[str, ...]]:
+    """Return a number's grammar without what may follow it, and the stops without what ends it there.
+
+    For a backend that knows regular expressions but no stop_regex: there the text has to end by itself.
+    """
+    if grammar.kind == "regex" and stop_regex and grammar.source.endswith(_tail(stop_regex[-1])):
+        source = grammar.source.removesuffix(_tail(stop_regex[-1]))
+        return msgspec.structs.replace(grammar, source=source), stop_regex[:-1]
+    return grammar, stop_regex
 
 
 def _of_choices(type: Any, choices: Sequence[tuple[str, Any]]) -> Shape[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -101,6 +102,25 @@ def test_every_parameter_of_the_protocol_and_declared_extensions(make: Make) -> 
     backend.extend(branch, [protocol.RoleBegin("assistant")])
     backend.generate(branch, SamplingParams(), grammar=Grammar(kind="regex", source="a+")).result(WAIT_S)
     assert server.requests[1]["guided_regex"] == "a+"
+
+
+def test_a_number_ends_by_itself_where_a_server_knows_regular_expressions_alone(make: Make) -> None:
+    backend, server = make(say("42", "0.5", "7"), extensions=["regex"])
+    s = State(backend)
+    for index, type in enumerate((int, float)):
+        s += bo.user("?") + bo.assistant(bo.gen(f"x{index}", type=type))
+    assert (s["x0"], s["x1"]) == (42, 0.5)
+    sent = server.requests[0]["regex"]
+    assert re.fullmatch(sent, "42")
+    assert not re.fullmatch(sent, "42 apples")
+    assert "stop_regex" not in server.requests[0]
+
+    backend, server = make(say("42 apples"), extensions=["regex", "stop_regex"])
+    s = State(backend)
+    s += bo.assistant(bo.gen("x", type=int))
+    s.sync()
+    assert re.fullmatch(server.requests[0]["regex"], "42 apples")
+    assert server.requests[0]["stop_regex"] == ["[^-.,0-9]"]
 
 
 def test_a_json_schema_travels_as_response_format(make: Make) -> None:
@@ -336,6 +356,8 @@ def test_tools_in_plain_words_for_a_completion_model_and_results_without_calls(m
         ({}, bo.assistant(bo.gen("x", top_k=3)), "top_k"),
         ({}, bo.assistant(bo.gen("x", min_tokens=3)), "min_tokens"),
         ({}, bo.assistant(bo.gen("x", stop_regex="a")), "stop_regex"),
+        ({}, bo.assistant(bo.gen("x", type=int)), "regex"),
+        ({"extensions": ["regex"]}, bo.assistant(bo.gen("x", type=int, stop_regex="a")), "stop_regex"),
         ({}, bo.assistant(bo.gen("x", ignore_eos=True)), "ignore_eos"),
         ({}, bo.assistant(bo.gen("x", repetition_penalty=1.1)), "repetition_penalty"),
         ({"is_chat_model": False}, bo.user("q") + bo.gen("x"), "roles"),
