@@ -191,13 +191,13 @@ def test_a_journal_that_is_read_before_its_run_is_done_says_so(tmp_path: Path, h
     backend = model()
     unfinished: list[Future[Any]] = []
 
-    def never(branch: int, params: SamplingParams, **more: Any) -> Future[Any]:
+    def never(*asked: Any, **more: Any) -> Future[Any]:
         unfinished.append(Future())
         return unfinished[-1]
 
-    backend.generate = never  # type: ignore[assignment]
+    backend.generate = never  # type: ignore[method-assign]
     if not has_text:
-        backend.extend = never  # type: ignore[assignment]
+        backend.extend = never  # type: ignore[method-assign]
 
     @bo.function
     def early(s: bo.State) -> None:
