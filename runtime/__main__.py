@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--mem-fraction", type=float, metavar="F", help="of the GPU's memory that may be used; default: 0.9"
     )
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel by itself")
+    parser.add_argument(
+        "--no-overlap", action="store_true", help="on a GPU: plan each step after the one before has ended"
+    )
     parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens the KV pool holds")
     parser.add_argument("--token-budget", type=int, default=defaults.token_budget, metavar="N")
@@ -138,6 +141,7 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         schedule_policy=options.schedule_policy,
         radix_cache=not options.no_radix_cache,
         speculate=options.speculate,
+        overlap=not options.no_overlap,
         seed=options.seed,
         lease_s=options.lease,
         max_waiting=options.max_waiting,
@@ -186,7 +190,7 @@ def _build(
     from bough.runtime.grammar.vetting import Vetter
     from bough.runtime.grammar.vocabulary import Vocabulary
     from bough.runtime.inflight import InFlight
-    from bough.runtime.pipeline import Executor
+    from bough.runtime.pipeline import Executor, Launcher
     from bough.runtime.prompter import Prompter
     from bough.runtime.row_cost import measure_row_cost
     from bough.runtime.runner import load_runner
@@ -257,7 +261,9 @@ def _build(
             context_len=runner.context_len,
             row_cost=row_cost,
         )
-    in_flight = InFlight(scheduler, executor, credit=config.credit)
+    may_overlap = config.overlap and journal is None and not config.speculate
+    launcher = runner if may_overlap and isinstance(runner, Launcher) else None
+    in_flight = InFlight(scheduler, executor, launcher=launcher, credit=config.credit)
     engine = Engine(
         config,
         scheduler,

@@ -17,7 +17,9 @@ class RuntimeConfig:
     max_running: most sequences that hold pages at once.
     schedule_policy: "lpm" admits the longest cached prefix first, with ageing; "fcfs" in order of arrival.
     radix_cache: keep prefixes between operations. speculate: draft what repeats earlier text and verify it in one step;
-    None does where a token's bits do not tell how it was computed. seed: None draws one at start.
+    None does where a token's bits do not tell how it was computed. overlap: plan a step while a GPU computes the one
+    before; not where it speculates, for drafts go on from known tokens, nor with a journal. seed: None draws one at
+    start.
     max_waiting: operations queued over all clients before `overloaded`; max_branches, max_sessions: likewise.
     credit: streamed tokens a client may be behind. unsent_bytes: replies kept for a client whose queue is full; beyond
     that it is dropped. heartbeat_s: how often a client pings; one silent for lease_s is dropped with all it holds.
@@ -29,6 +31,7 @@ class RuntimeConfig:
     schedule_policy: str = "lpm"
     radix_cache: bool = True
     speculate: bool | None = None
+    overlap: bool = True
     seed: int | None = None
     max_waiting: int = 16_384
     max_branches: int = 262_144

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence as Items
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from bough.runtime.batch import Batch, RowResult
 from bough.runtime.scheduler import Step
@@ -38,6 +38,7 @@ class LaunchedStep(Protocol):
         ...
 
 
+@runtime_checkable
 class Launcher(Protocol[S]):
     """What is needed of a runner beside, for steps to overlap."""
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +85,7 @@ class Runner:
         hidden = self._forward(inputs)
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
         scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)
-        return [_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
+        return [row_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
 
     def warm_up(self) -> None:
         """Run a small prefill, a decode step and a score with every option of the sampler.
@@ -131,17 +132,44 @@ class Runner:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
         if not ids:
             return {}
-        joined, of = np.concatenate(ids), inputs.score_hidden
+        joined = np.concatenate(ids)
         parts = []
-        for at in range(0, len(hidden), _SCORE_ROWS):
-            first, last = np.searchsorted(of, (at, at + _SCORE_ROWS))
-            logits = self.model.logits(hidden[at : at + _SCORE_ROWS])
-            parts.append(sampler.score(logits, joined[first:last], of[first:last] - at))
-        ends = np.cumsum([len(part) for part in ids])
-        return dict(zip(inputs.score_rows, np.split(np.concatenate(parts), ends[:-1]), strict=True))
+        for chunk in score_chunks(len(hidden), inputs.score_hidden):
+            logits = self.model.logits(hidden[chunk.hidden])
+            parts.append(sampler.score(logits, joined[chunk.scores], chunk.rows))
+        return split_scores(batch.rows, inputs.score_rows, parts)
 
 
-def _result(row: Row, draws: list[sampler.Draw] | None, scores: npt.NDArray[np.float64] | None) -> RowResult:
+class ScoreChunk(NamedTuple):
+    """Hidden states whose logits are made together, which scores are read from them, and from which row of them each.
+
+    rows: (number of these scores,) int64.
+    """
+
+    hidden: slice
+    scores: slice
+    rows: npt.NDArray[np.int64]
+
+
+def score_chunks(num_hidden: int, score_hidden: npt.NDArray[np.int64]) -> Iterator[ScoreChunk]:
+    """Cut `num_hidden` hidden states that are for scores into chunks; score_hidden: see `StepInputs`."""
+    for at in range(0, num_hidden, _SCORE_ROWS):
+        first, last = np.searchsorted(score_hidden, (at, at + _SCORE_ROWS))
+        yield ScoreChunk(slice(at, at + _SCORE_ROWS), slice(first, last), score_hidden[first:last] - at)
+
+
+def split_scores(
+    rows: Sequence[Row], score_rows: Sequence[int], parts: Sequence[npt.NDArray[np.float64]]
+) -> dict[int, npt.NDArray[np.float64]]:
+    """Return the scores of each of `score_rows`; parts: of all of them, after one another."""
+    if not parts:
+        return {}
+    ends = np.cumsum([len(ids) for i in score_rows if (ids := rows[i].score_ids) is not None])
+    return dict(zip(score_rows, np.split(np.concatenate(parts), ends[:-1]), strict=True))
+
+
+def row_result(row: Row, draws: list[sampler.Draw] | None, scores: npt.NDArray[np.float64] | None) -> RowResult:
+    """Return a row's result: its draws as far as a draft came true, and its scores."""
     if scores is None and row.score_ids is not None:
         scores = np.zeros(0)
     if draws is None:

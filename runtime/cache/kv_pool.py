@@ -57,8 +57,8 @@ class KVPool:
         device = self.k[0].device
         groups = [
             (
-                torch.tensor([c.source for c in group], device=device),
-                torch.tensor([c.target for c in group], device=device),
+                _there([c.source for c in group], device),
+                _there([c.target for c in group], device),
                 num_slots,
             )
             for num_slots, group in by_length.items()
@@ -87,3 +87,8 @@ class KVPool:
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return float8 as bytes, which every operation of PyTorch knows; other tensors as they are."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def _there(pages: list[int], device: torch.device) -> torch.Tensor:
+    """Return page ids on the device, without waiting for what runs there."""
+    return torch.tensor(pages, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -14,18 +14,18 @@ import torch
 from bough.kernels.attention import Attention
 from bough.kernels.paged_kv import QUANTISED_DTYPES
 from bough.kernels.triton_rows import TritonRows
-from bough.runtime import sampler
-from bough.runtime.batch import Batch, Row, SampleRequest
+from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.cuda.memory import DEFAULT_FRACTION, DeviceMemory, pool_tokens
-from bough.runtime.cuda.sampler import sample
-from bough.runtime.cuda.step import GRAPH_SIZES, EagerSteps, GraphSteps
-from bough.runtime.inputs import StepInputs
+from bough.runtime.cuda.sampler import Drawing, Scoring, begin, begin_scores
+from bough.runtime.cuda.step import GRAPH_SIZES, Carried, EagerSteps, GraphSteps
+from bough.runtime.inputs import StepInputs, build_inputs
 from bough.runtime.models.config import ModelConfig
 from bough.runtime.models.llama import DeviceParts, Llama
 from bough.runtime.models.weights import OnProgress, Weights
 from bough.runtime.protocol import RequestError, SamplingParams
-from bough.runtime.runner import Runner, attention_of
+from bough.runtime.runner import Runner, attention_of, row_result, score_chunks, split_scores
+from bough.runtime.sampler import Draw
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,11 @@ class CudaRunner(Runner):
     Arguments as `Runner`'s; attention must be a GPU's. cuda_graphs: whether steps are captured. max_running: up to how
     many sequences `warm_up` captures steps.
 
-    A seam for planning step k + 1 while step k runs: `execute` waits for the device in one place, where the sampler
-    copies the tokens back. All before it only enqueues. To overlap, the scheduler would have to plan a step whose
-    decode rows have token ids that are still on the device (their count and positions are known, their values are not
-    needed to plan), and to commit one step late, with text, stops and grammars a step behind.
+    `launch` only enqueues, so that the next step can be planned and launched while this one runs: rows may go on from
+    tokens that are still on the device (`Row.drawn_by`), where they are copied into the next step's inputs. All runs in
+    one stream, in the order of launches: the buffers of a step's inputs, and a graph's result, are written again only
+    behind what reads them. Host memory that is copied from has two places and an event for each. Only the filters of
+    top-k, top-p and min-p wait for the device.
     """
 
     def __init__(
@@ -87,13 +88,78 @@ class CudaRunner(Runner):
             for size in (size for size in GRAPH_SIZES if size <= self._max_running):
                 self.execute(Batch((row,) * size))  # all write the same keys and values
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        if self.graphs is not None and self.graphs.serves(inputs):
-            return self.graphs.run(inputs)
-        return self._eager.run(inputs)
+    def execute(self, batch: Batch) -> list[RowResult]:
+        """As `Runner.execute`: launch a step and wait for it."""
+        return self.launch(batch).result()
 
-    def _draw(self, logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[sampler.Draw]:
-        return sample(logits, requests, self._masks)
+    @torch.inference_mode()
+    def launch(self, batch: Batch, previous: CudaStep | None = None) -> CudaStep:
+        """Have a step computed after all that were launched before, without waiting for it.
+
+        previous: the step launched last, from whose tokens rows may go on. The batch is read in this call only.
+        """
+        self.pool.copy_pages(batch.copies)
+        if not batch.rows:
+            return CudaStep(batch, ())
+        inputs = build_inputs(batch, self.page_size, self.attention.plan, token_by_token=self._token_by_token)
+        hidden = self._run(inputs, None if previous is None else previous.carried_to(batch))
+        num_draws = len(inputs.sample_rows)
+        requests = [request for row in batch.rows for request in row.draws()]
+        drawing = begin(self.model.logits(hidden[:num_draws]), requests, self._masks) if requests else None
+        scores = self._begin_scores(hidden[num_draws:], batch, inputs)
+        return CudaStep(batch, inputs.sample_rows, drawing, inputs.score_rows, scores)
+
+    def _run(self, inputs: StepInputs, carried: Carried | None) -> torch.Tensor:
+        if self.graphs is not None and self.graphs.serves(inputs):
+            return self.graphs.run(inputs, carried)
+        return self._eager.run(inputs, carried)
+
+    def _begin_scores(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> list[Scoring]:
+        ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]
+        parts: list[Scoring] = []
+        for chunk in score_chunks(len(hidden), inputs.score_hidden) if ids else ():
+            logits = self.model.logits(hidden[chunk.hidden])
+            parts.append(begin_scores(logits, np.concatenate(ids)[chunk.scores], chunk.rows))
+        return parts
+
+
+class CudaStep:
+    """A step that was launched: its draws and scores are on their way to the host."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        sample_rows: tuple[int, ...],
+        drawing: Drawing | None = None,
+        score_rows: tuple[int, ...] = (),
+        scores: Sequence[Scoring] = (),
+    ) -> None:
+        self._rows = batch.rows
+        self._sample_rows = sample_rows
+        self._drawing = drawing
+        self._score_rows = score_rows
+        self._scores = scores
+
+    def carried_to(self, batch: Batch) -> Carried | None:
+        """Return which tokens of the next step are drawn here."""
+        ends = np.cumsum([len(row.token_ids) for row in batch.rows]) - 1
+        index = {row: draw for draw, row in enumerate(self._sample_rows)}
+        pairs = [
+            (end, index[row.drawn_by]) for end, row in zip(ends, batch.rows, strict=True) if row.drawn_by is not None
+        ]
+        if not pairs:
+            return None
+        assert self._drawing is not None, "a step that draws nothing is followed by no row of its tokens"
+        at, source = np.array(pairs, dtype=np.int32).T
+        return Carried(at, source, self._drawing.tokens)
+
+    def result(self) -> list[RowResult]:
+        """Wait for the step; one result per row. Raises FloatingPointError if a row's logits are not finite."""
+        draws: dict[int, list[Draw]] = {}
+        for row, draw in zip(self._sample_rows, self._drawing.result() if self._drawing else (), strict=True):
+            draws.setdefault(row, []).append(draw)
+        scores = split_scores(self._rows, self._score_rows, [part.result() for part in self._scores])
+        return [row_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(self._rows)]
 
 
 def load_cuda_runner(

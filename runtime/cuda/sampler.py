@@ -1,12 +1,15 @@
 """Logits -> tokens on the device: what `runtime.sampler` does, in the same order and with the same uniform numbers.
 
 Rows without top-k, top-p and min-p take three kernels (penalties, masks and temperature, the draw) and one copy of
-the tokens back. The others' filters are `runtime.sampler`'s, in PyTorch, on the device.
+the tokens back. The others' filters are `runtime.sampler`'s, in PyTorch, on the device, which wait for it in between.
+Otherwise `begin` and `begin_scores` only enqueue; what comes back is copied behind the kernels that make it, and an
+event says when it is there, so that what is launched later does not delay it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +25,70 @@ from bough.runtime.rng import uniforms
 _ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for a pointer that is not a multiple of 16
 
 
+class Download:
+    """A tensor on its way from the device to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> npt.NDArray[Any]:
+        """Return the tensor, once it is here."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: npt.NDArray[Any] = self._host.numpy()
+        return numbers
+
+
+class Drawing:
+    """One token per row, on its way to the host.
+
+    tokens: (num_rows,) int32 on the device, the same for the next step's inputs; where nothing could be drawn they are
+    ids of the vocabulary all the same.
+    """
+
+    def __init__(
+        self, tokens: torch.Tensor, outcome: Download, logprobs: Download | None, requests: Sequence[SampleRequest]
+    ) -> None:
+        self.tokens = tokens
+        self._outcome = outcome  # (3, num_rows) int32: token, whether logits are finite, whether one was possible
+        self._logprobs = logprobs  # (rows that want any, 2 + 2 * most) float64: of the token, entropy, values, ids
+        self._wanted = [request.params.logprobs for request in requests]
+
+    def result(self) -> list[sampler.Draw]:
+        """Wait for the tokens. Raises FloatingPointError as `sampler.sample` does."""
+        drawn = self._outcome.wait()
+        _check(drawn)
+        rows = iter(()) if self._logprobs is None else iter(self._logprobs.wait().tolist())
+        tokens = drawn[0].tolist()
+        return [
+            sampler.Draw(token) if num_top is None else _with_logprobs(token, num_top, next(rows))
+            for token, num_top in zip(tokens, self._wanted, strict=True)
+        ]
+
+
+def _with_logprobs(token: int, num_top: int, numbers: list[float]) -> sampler.Draw:
+    most = (len(numbers) - 2) // 2
+    pairs = ((value, int(other)) for value, other in zip(numbers[2 : 2 + most], numbers[2 + most :], strict=True))
+    top = sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:num_top]
+    return sampler.Draw(token, numbers[0], tuple(top), numbers[1])
+
+
 def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks) -> list[sampler.Draw]:
     """Draw one token per row. Arguments, order of operations and errors: see `sampler.sample`."""
+    return begin(logits, requests, masks).result()
+
+
+def begin(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks) -> Drawing:
+    """Have one token per row drawn; arguments as `sampler.sample`'s. Requests are read in this call only."""
     params = [request.params for request in requests]
     finite = (logits.amax(-1) - logits.amin(-1)).isfinite()
-    logprobs = sampler.row_logprobs(logits, [i for i, p in enumerate(params) if p.logprobs is not None])
+    telling = [i for i, p in enumerate(params) if p.logprobs is not None]
+    before = _log_softmax(_rows(logits, telling)) if telling else None  # of the unmodified distribution
     _penalise(logits, requests)
     words, mask_rows = _masks(requests, masks, logits.shape[1])
     temperatures = np.array([p.temperature for p in params], dtype=np.float32)
@@ -34,22 +96,71 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks
     on_device = upload([points, temperatures, mask_rows, words], logits.device)
     prepared, largest, total, likeliest = prepare_logits(logits, on_device[3], on_device[2], on_device[1])
     tokens = draw(prepared, largest, total, likeliest, on_device[1], on_device[0])
-    drawn = torch.stack([tokens, finite.to(torch.int32)]).cpu().numpy()
-    _check(drawn)
-    ids: npt.NDArray[np.int64] = drawn[0].astype(np.int64)
+    is_possible = tokens >= 0
+    tokens = tokens.clamp(0, logits.shape[1] - 1)
     filtered = [i for i, p in enumerate(params) if p.temperature > 0 and sampler.is_filtered(p)]
     if filtered:
-        probs = sampler.filtered_probs(prepared[filtered].softmax(-1), [params[i] for i in filtered])
-        ids[filtered] = sampler.invert(probs, points[filtered]).cpu().numpy()
-    return [sampler.result(int(ids[i]), logprobs.get(i), params[i].logprobs) for i in range(len(requests))]
+        is_sound = _rows(finite & is_possible, filtered).unsqueeze(1)  # what is not must not lead to a wrong address
+        probs = _rows(prepared, filtered).where(is_sound, 0.0).softmax(-1)
+        chosen = sampler.invert(sampler.filtered_probs(probs, [params[i] for i in filtered]), points[filtered])
+        tokens.index_copy_(0, _index(filtered, logits.device).long(), chosen.to(torch.int32))
+    logprobs = None
+    if before is not None:
+        most = max(p.logprobs or 0 for p in params)
+        logprobs = Download(_told(before, _rows(tokens, telling), most))
+    outcome = torch.stack([tokens, finite.to(torch.int32), is_possible.to(torch.int32)])
+    return Drawing(tokens, Download(outcome), logprobs, requests)
+
+
+def _told(logprobs: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:
+    """Return (num_rows, 2 + 2 * most): each token's of `logprobs`, the entropy, the `most` largest and their ids."""
+    values, ids = logprobs.topk(min(most, logprobs.shape[1]))
+    shares = logprobs.exp()
+    entropy = -torch.special.xlogy(shares, shares).sum(-1, keepdim=True)
+    return torch.cat([logprobs.gather(1, tokens.long().unsqueeze(1)), entropy, values, ids.double()], 1)
 
 
 def _check(drawn: npt.NDArray[np.int32]) -> None:
     """Raise FloatingPointError for the first row without finite logits, or without a token to draw."""
     for row in np.flatnonzero(drawn[1] == 0):
         raise FloatingPointError(f"the model gave logits that are not finite in row {row}")
-    for row in np.flatnonzero(drawn[0] < 0):
+    for row in np.flatnonzero(drawn[2] == 0):
         raise FloatingPointError(f"every token is forbidden in row {row}")
+
+
+class Scoring:
+    """Log-probabilities of given ids, on their way to the host."""
+
+    def __init__(self, chosen: torch.Tensor, finite: torch.Tensor) -> None:
+        self._num_ids = len(chosen)
+        self._numbers = Download(torch.cat([chosen, finite.double()]))
+
+    def result(self) -> npt.NDArray[np.float64]:
+        """Wait for them: (num_ids,). Raises FloatingPointError naming the row if its logits are not finite."""
+        numbers = self._numbers.wait()
+        for row in np.flatnonzero(numbers[self._num_ids :] == 0):
+            raise FloatingPointError(f"the model gave logits that are not finite in row {row}")
+        return numbers[: self._num_ids]
+
+
+def begin_scores(logits: torch.Tensor, token_ids: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> Scoring:
+    """Have the log-probabilities of token_ids[i] under logits[rows[i]] computed; see `sampler.score`."""
+    finite = (logits.amax(-1) - logits.amin(-1)).isfinite()
+    ids, at = upload([token_ids.astype(np.int32), rows.astype(np.int32)], logits.device)
+    return Scoring(_log_softmax(logits)[at.long(), ids.long()], finite)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float64)
+
+
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    return upload([np.array(rows, dtype=np.int32)], device)[0]
+
+
+def _rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Return these rows of a tensor; no copy if they are all."""
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, _index(rows, tensor.device))
 
 
 def _masks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from bough.kernels.attention import Attention
 from bough.kernels.cuda_attention import Capacity, DevicePlan, Launches, PlanBuffers, StepPlan
+from bough.kernels.tree_plan import Int32Array
 from bough.runtime.inputs import StepInputs
 
 log = logging.getLogger(__name__)
@@ -19,9 +20,24 @@ log = logging.getLogger(__name__)
 GRAPH_SIZES: Final = (1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), 160, 192, 224, 256)
 _LEAST = Capacity(64, 4096, 256, 256, 256, 512, 512, 16)
 _GRAPHS_LEAST = Capacity(GRAPH_SIZES[-1], 65_536, 2048, 2048, 2048, 4096, 2048, 0)
-_SECTIONS = 5  # token ids, positions, slots, and twice as much room for what is wanted: a token may be so twice
+# Token ids, positions, slots; twice as much room for what is wanted, for a token may be so twice; what is carried over,
+# which tokens and from where.
+_SECTIONS = 7
 
 Forward = Callable[[StepInputs], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Input ids that the step before draws, and that have not left the device.
+
+    at: (num_carried,) int32, which of this step's tokens they are; source: (num_carried,) int32, which of `tokens`, the
+    ids drawn by the step before, (num_draws,) int32 on the device.
+    """
+
+    at: Int32Array
+    source: Int32Array
+    tokens: torch.Tensor
 
 
 class StepBuffers:
@@ -48,16 +64,23 @@ class StepBuffers:
         self._buffers = self._make(replace(capacity, **grown))
         return True
 
-    def write(self, inputs: StepInputs) -> None:
-        """Copy a step's inputs to the device, in one copy; `reserve` has made room."""
+    def write(self, inputs: StepInputs, carried: Carried | None) -> None:
+        """Copy a step's inputs to the device, in one copy, and there the ids carried over; `reserve` has made room."""
         size = self.capacity.num_tokens
         numbers = np.zeros(_SECTIONS * size, dtype=np.int32)
         numbers[2 * size : 3 * size] = -1  # padding's keys and values are not kept
         parts = (inputs.token_ids, inputs.positions, inputs.slots, inputs.wanted)
         for index, part in enumerate(parts):
             numbers[index * size : index * size + len(part)] = part.numpy()
+        if carried is not None:
+            numbers[5 * size : 5 * size + len(carried.at)] = carried.at
+            numbers[6 * size : 6 * size + len(carried.source)] = carried.source
         assert isinstance(inputs.attention, StepPlan)
         self._buffers.write(inputs.attention, numbers)
+        if carried is not None:
+            token_ids, at, source = (self._buffers.extra[i * size :] for i in (0, 5, 6))
+            known = carried.tokens.index_select(0, source[: len(carried.source)])
+            token_ids.index_copy_(0, at[: len(carried.at)].long(), known)
 
     def inputs(self, num_tokens: int, launches: Launches, end_position: int, wanted: torch.Tensor) -> StepInputs:
         """Return what was written as a model takes it, padded to `num_tokens`."""
@@ -83,10 +106,10 @@ class EagerSteps:
         self._forward = forward
         self._buffers = StepBuffers(attention, device)
 
-    def run(self, inputs: StepInputs) -> torch.Tensor:
+    def run(self, inputs: StepInputs, carried: Carried | None = None) -> torch.Tensor:
         """Return the hidden states of the tokens wanted, (num_wanted, hidden_size)."""
         self._buffers.reserve(inputs)
-        self._buffers.write(inputs)
+        self._buffers.write(inputs, carried)
         assert isinstance(inputs.attention, StepPlan)
         launches = Launches.of(inputs.attention)
         wanted = self._buffers.wanted(len(inputs.wanted))
@@ -127,12 +150,12 @@ class GraphSteps:
         # A trie's plan names every slot of every node's past: buffers would grow for it, and graphs be lost.
         return is_small and plan.page_size == self._page_size
 
-    def run(self, inputs: StepInputs) -> torch.Tensor:
+    def run(self, inputs: StepInputs, carried: Carried | None = None) -> torch.Tensor:
         """Return the hidden states of the tokens wanted, (num_wanted, hidden_size); valid until the next step."""
         if self._buffers.reserve(inputs):
             log.info("the buffers of captured steps grew: %s", self._buffers.capacity)
             self._forget()
-        self._buffers.write(inputs)
+        self._buffers.write(inputs, carried)
         assert isinstance(inputs.attention, StepPlan)
         num_tokens = next(size for size in GRAPH_SIZES if size >= len(inputs.token_ids))
         key = (num_tokens, Launches.of(inputs.attention))

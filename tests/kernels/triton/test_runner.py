@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -13,9 +13,9 @@ from tiny_models import CONTEXT_LEN, Text, generate, random_ids, texts, tiny_mod
 
 from bough.kernels.reference import dequantised
 from bough.runtime import sampler
-from bough.runtime.batch import Batch, PageCopy, Row, SampleRequest
+from bough.runtime.batch import Batch, PageCopy, Row, RowResult, SampleRequest
 from bough.runtime.cache.prefix_cache import PrefixCache
-from bough.runtime.cuda.runner import CudaRunner
+from bough.runtime.cuda.runner import CudaRunner, CudaStep
 from bough.runtime.cuda.sampler import sample
 from bough.runtime.grammar.constraint import Words
 from bough.runtime.grammar.masks import Masks
@@ -216,3 +216,80 @@ def test_rows_that_cannot_be_drawn_are_named(device: torch.device) -> None:
     broken[1, 1] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite in row 1"):
         sample(broken, [free, free], Masks())
+
+
+Draws: TypeAlias = tuple[int | None, float | None, tuple[int, ...]]
+
+
+def _ahead(runner: CudaRunner, prompts: list[Text], count: int, params: list[dict[str, Any]]) -> list[list[Draws]]:
+    """Prefill and draw `count` tokens of each text, each step launched before the one before is taken back.
+
+    The host learns every token two launches after it was drawn, as in a runtime whose steps overlap.
+    """
+    flying: list[CudaStep] = []
+    found: list[list[Draws]] = [[] for _ in prompts]
+    for k in range(count):
+        rows = []
+        for i, text in enumerate(prompts):
+            if k:
+                text.append(0)  # stands in the place of a token that only the device knows
+            row = _seeded(text.row(runner.page_size, **params[i]), seed=i)
+            assert row.sample is not None
+            if k:
+                known = msgspec.structs.replace(row.sample, generated=row.sample.generated[:-1])
+                drawn_by = len(prompts) - 1 - i if k % 2 else i
+                row = msgspec.structs.replace(row, drawn_by=drawn_by, sample=known)
+            rows.append(row)
+        order = rows if k % 2 else rows[::-1]  # the row of a text changes from step to step
+        flying.append(runner.launch(Batch(tuple(order)), flying[-1] if flying else None))
+        for row in rows:
+            row.token_ids[:] = 0  # a batch is read during the launch only
+        if len(flying) == 2:
+            _take(flying.pop(0), found, k - 1)
+    _take(flying.pop(0), found, count - 1)
+    return found
+
+
+def _take(step: CudaStep, found: list[list[Draws]], k: int) -> None:
+    results = step.result() if k % 2 else step.result()[::-1]
+    for draws, result in zip(found, results, strict=True):
+        draws.append(_draws_of(result))
+
+
+def _draws_of(result: RowResult) -> Draws:
+    likeliest = tuple(token for _, token in result.top)
+    return result.token, None if result.logprob is None else round(result.logprob, 4), likeliest
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_steps_launched_ahead_draw_the_same_tokens(cuda_graphs: bool, device: torch.device) -> None:
+    """Rows of every kind of sampling, that change places from step to step, go on from tokens the host never saw."""
+    runner = gpu_runner("llama_tied", device, **({} if cuda_graphs else {"cuda_graphs": False}))
+    params: list[dict[str, Any]] = [{}, {"temperature": 1.0, "logprobs": 2}, {"temperature": 0.8, "top_k": 7}]
+    prompts = [random_ids(length, seed=length) for length in (2, 5, 3)]
+    together, cpu = texts(runner, prompts, seed=3), cpu_runner("llama_tied")
+    expected: list[list[Draws]] = [[] for _ in prompts]
+    known = texts(cpu, prompts)
+    for _ in range(3):
+        rows = [_seeded(text.row(16, **params[i]), i) for i, text in enumerate(known)]
+        for text, draws, result in zip(known, expected, cpu.execute(Batch(tuple(rows))), strict=True):
+            text.append(result.token)
+            draws.append(_draws_of(result))
+    assert _ahead(runner, together, 3, params) == expected
+
+
+def test_a_step_behind_one_that_could_not_draw_does_no_harm(device: torch.device) -> None:
+    """The token carried over is one of the vocabulary even so; what is wrong is told when the step is taken back."""
+    runner = gpu_runner("llama_tied", device)
+    (bad, good) = texts(runner, [random_ids(3, seed=8), random_ids(4, seed=9)])
+    row = bad.row(16, temperature=1.0, top_k=3)
+    assert row.sample is not None
+    everything = msgspec.structs.replace(row.sample, forbidden=tuple(range(runner.vocab_size)))
+    first = runner.launch(Batch((msgspec.structs.replace(row, sample=everything),)))
+    bad.append(0)
+    behind = msgspec.structs.replace(bad.row(16), drawn_by=0)
+    second = runner.launch(Batch((behind, good.row(16))), first)
+    with pytest.raises(FloatingPointError, match="every token is forbidden in row 0"):
+        first.result()
+    (again,) = texts(runner, [random_ids(4, seed=9)], seed=2)
+    assert second.result()[1].token == runner.execute(Batch((again.row(16),)))[0].token
