@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from gpu_report import Clock, Row
 
 from bough.kernels import reference
 from bough.kernels.attention import choose_attention
-from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, plan_step, run
+from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, choose_kernels, plan_step, run
 from bough.kernels.draw import draw
 from bough.kernels.gated_silu import gated_silu
 from bough.kernels.layout import PagedLayout
@@ -26,17 +25,22 @@ from bough.kernels.rope import rotate_and_store
 
 PAGE_SIZE = 16
 
-Parts = dict[str, tuple[float, Callable[[Clock], Iterator[Row]]]]
+Run = Callable[[Clock], Iterator[Row]]
 
 
-def parts(device: torch.device) -> Parts:
-    """Return the sections: name -> (seconds, what yields rows)."""
-    tiny = device.type == "cpu"
-    return {
-        "correctness": (60.0, lambda clock: correctness(device, clock)),
-        "ceilings": (15.0, lambda clock: ceilings(device, tiny)),
-        "kernels": (40.0, lambda clock: kernels(device, tiny, clock)),
-    }
+def about(device: torch.device) -> Iterator[Row]:
+    """Tell what the device is."""
+    if device.type == "cpu":
+        yield {"device": "cpu, interpreted: no figure means anything"}
+        return
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    if (properties.major, properties.minor) < (8, 0):
+        raise RuntimeError(f"the kernels need compute capability 8.0, {properties.name} has {properties.major}")
+    yield {
+        "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
+        "num_sms": properties.multi_processor_count, "free_gb": free / 1e9, "total_gb": total / 1e9,
+    }  # fmt: skip
 
 
 def medians_us(works: dict[str, Callable[[], object]], device: torch.device, repetitions: int = 15) -> dict[str, float]:
@@ -111,18 +115,49 @@ def attention_of(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device
 # ------------------------------------------------------------------------------------------------ right or wrong
 
 
-def correctness(device: torch.device, clock: Clock) -> Iterator[Row]:
-    """Compare every kernel with its definition; errors relative to the largest value."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
-    for dtype in dtypes:
-        limit = 2e-3 if dtype == torch.float32 else 2e-2
-        for name, check in (("rows", _row_errors), ("attention", _attention_errors)):
-            if clock.is_out:
-                return
-            for what, error in check(dtype, device):
-                yield {"kernel": f"{name} {what}", "dtype": str(dtype)[6:], "error": error, "right": error <= limit}
-    wrong = _draw_error(device)
-    yield {"kernel": "draw", "dtype": "float32", "error": wrong, "right": wrong == 0}
+def correctness(device: torch.device) -> dict[str, Run]:
+    """Return what compares kernels with their definitions, part by part; errors are relative to the largest value."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    eight_b = (32, 8, 128)
+    shapes: dict[str, list[Any]]
+    if device.type == "cpu":
+        shapes = {"attention": [((4, 2, 64), fp32, None, {})], "keys": [((4, 2, 64), fp32, torch.int8, {})]}
+        dtypes: tuple[torch.dtype, ...] = (fp32,)
+    else:
+        shapes = {
+            "8B bf16": [(eight_b, bf16, None, {})],
+            "8B fp16": [(eight_b, fp16, None, {})],
+            "8B fp32": [(eight_b, fp32, None, {})],
+            "int8 keys": [(eight_b, bf16, torch.int8, {})],
+            "fp8 keys": [(eight_b, bf16, torch.float8_e4m3fn, {})],
+            "heads of 64, 80": [((4, 4, 64), bf16, None, {}), ((8, 1, 80), bf16, None, {})],
+            "heads of 96, 256": [((6, 2, 96), bf16, None, {}), ((4, 1, 256), bf16, None, {})],
+            "window, soft cap": [(eight_b, bf16, None, {"window": 300}), (eight_b, bf16, None, {"soft_cap": 20.0})],
+        }
+        dtypes = (bf16, fp16, fp32)
+
+    def attention(cases: list[Any], clock: Clock) -> Iterator[Row]:
+        for heads, dtype, kv_dtype, options in cases:
+            for what, error in _attention_errors(heads, dtype, kv_dtype, options, device):
+                yield _checked(f"attention {what}", dtype, error)
+                if clock.is_out:
+                    return
+
+    def rows(clock: Clock) -> Iterator[Row]:
+        for dtype in dtypes:
+            for what, error in _row_errors(dtype, device):
+                yield _checked(f"rows {what}", dtype, error)
+        yield {"kernel": "draw", "dtype": "float32"} | _verdict(_draw_error(device), 0.0)
+
+    return {"rows": rows, **{name: partial(attention, cases) for name, cases in shapes.items()}}
+
+
+def _checked(kernel: str, dtype: torch.dtype, error: float) -> Row:
+    return {"kernel": kernel, "dtype": str(dtype)[6:]} | _verdict(error, 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+def _verdict(error: float, limit: float) -> Row:
+    return {"error": error, "limit": limit, "right": error <= limit}
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -150,32 +185,53 @@ def _row_errors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str,
     yield "kv write", _error(kept, turned[:4, 4:6])
 
 
-def _attention_errors(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float]]:
+def _attention_errors(
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    limits: dict[str, Any],
+    device: torch.device,
+) -> Iterator[tuple[str, float]]:
+    """Decodes of a tree, and decodes beside extends and prefills; split freely and in exact mode; outputs start as NaN.
+
+    Against the definition in float64, on what quantised keys and values stand for.
+    """
     small = device.type == "cpu"
-    heads = [(4, 2, 64)] if small else [(32, 8, 128), (4, 4, 64), (8, 1, 80), (6, 2, 96), (4, 1, 256)]
     shared = 64 if small else 512
-    for num_heads, num_kv_heads, dim in heads:
-        for name, new in (("decode", [1, 1, 1]), ("mixed", [1, 7, 40])):
-            lengths = [shared + extra for extra in (45, 60, 41)]
-            layout = layout_of(lengths, new, shared)
-            num_pages = int(layout.kv_indices.max()) + 1
-            q = some(sum(new), num_heads, dim, dtype=dtype, device=device)
-            k = some(num_pages, PAGE_SIZE, num_kv_heads, dim, dtype=dtype, device=device)
-            v = k.flip(0).contiguous()
-            scale = dim**-0.5
-            arrays = (layout.qo_indptr, layout.kv_indptr, layout.kv_indices, layout.kv_lens)
-            indptr, pages_indptr, indices, lens = (torch.from_numpy(array) for array in arrays)
-            exact_q, exact_k, exact_v = (tensor.cpu().double() for tensor in (q, k, v))
-            expected = reference.paged_attention(exact_q, exact_k, exact_v, indptr, pages_indptr, indices, lens, scale)
-            chosen = attention_of(num_heads, num_kv_heads, dim, dtype, device, True)
-            for split in (None, 512):
-                if split is not None and small:
-                    continue
-                kernels = replace(chosen, options=replace(chosen.options, exact_split=split))
-                buffers, launches = prepared(layout, kernels, num_heads, dim, device)
-                out = torch.full_like(q, torch.nan)
-                run(q, PagedKV(k, v), buffers, launches, kernels, scale, out)
-                yield f"{name} {num_heads}/{num_kv_heads}x{dim} split={split}", _error(out, expected)
+    num_heads, num_kv_heads, dim = heads
+    properties = None if small else torch.cuda.get_device_properties(device)
+    arch, num_sms = ((9, 0), 2) if properties is None else (
+        (properties.major, properties.minor), properties.multi_processor_count
+    )  # fmt: skip
+    for name, new in (("decode", [1, 1, 1]), ("mixed", [1, 7, 40])):
+        layout = layout_of([shared + extra for extra in (45, 60, 41)], new, shared)
+        num_pages = int(layout.kv_indices.max()) + 1
+        q = some(sum(new), num_heads, dim, dtype=dtype, device=device)
+        k = some(num_pages, PAGE_SIZE, num_kv_heads, dim, dtype=dtype, device=device)
+        kv = PagedKV(k, k.flip(0).contiguous())
+        meant = (kv.k.cpu().double(), kv.v.cpu().double())
+        if kv_dtype is not None:
+            (k, k_scales), (v, v_scales) = (reference.quantise(side.cpu(), kv_dtype) for side in (kv.k, kv.v))
+            meant = reference.dequantised(PagedKV(k, v, k_scales, v_scales))
+            kv = PagedKV(*(side.to(device) for side in (k, v, k_scales, v_scales)))
+        arrays = (layout.qo_indptr, layout.kv_indptr, layout.kv_indices, layout.kv_lens)
+        indptr, pages_indptr, indices, lens = (torch.from_numpy(array) for array in arrays)
+        expected = reference.paged_attention(
+            q.cpu().double(), *meant, indptr, pages_indptr, indices, lens, dim**-0.5, **limits
+        )
+        for split in (None, 512):
+            if split is not None and small:
+                continue
+            kernels = choose_kernels(
+                num_heads, num_kv_heads, dim, kv.k.dtype, arch, num_sms, exact_split=split, **limits
+            )  # fmt: skip
+            buffers, launches = prepared(layout, kernels, num_heads, dim, device)
+            buffers.part_out.fill_(torch.nan)
+            out = torch.full_like(q, torch.nan)
+            run(q, kv, buffers, launches, kernels, dim**-0.5, out)
+            kind = "" if kv_dtype is None else f" {str(kv_dtype)[6:]} keys"
+            options = "".join(f" {option}={value}" for option, value in limits.items())
+            yield f"{name} {num_heads}/{num_kv_heads}x{dim}{kind}{options} split={split}", _error(out, expected)
 
 
 def _draw_error(device: torch.device) -> float:
@@ -193,10 +249,13 @@ def _draw_error(device: torch.device) -> float:
 # ------------------------------------------------------------------------------------------------ ceilings, kernels
 
 
-def ceilings(device: torch.device, tiny: bool) -> Iterator[Row]:
+def ceilings(device: torch.device, clock: Clock) -> Iterator[Row]:
     """Copy bandwidth (read + write) and matrix products."""
+    tiny = device.type == "cpu"
     yield {"what": "copy", "tb_per_s": copy_bandwidth(device, tiny) / 1e12}
-    for rows in (64,) if tiny else (64, 512, 8192):
+    for rows in (64,) if tiny else (8192, 64, 512):
+        if clock.is_out:
+            return
         size = 64 if tiny else 8192
         dtype = torch.float32 if tiny else torch.bfloat16
         a, b = some(rows, size, dtype=dtype, device=device), some(size, size, dtype=dtype, device=device)
@@ -212,8 +271,9 @@ def copy_bandwidth(device: torch.device, tiny: bool) -> float:
     return 2 * source.nbytes / us * 1e6
 
 
-def kernels(device: torch.device, tiny: bool, clock: Clock) -> Iterator[Row]:
+def kernels(device: torch.device, clock: Clock) -> Iterator[Row]:
     """Time each small kernel at an 8B model's widths; bytes are those it must move."""
+    tiny = device.type == "cpu"
     bandwidth = copy_bandwidth(device, tiny)
     dtype = torch.float32 if tiny else torch.bfloat16
     hidden, mlp, vocab = (64, 96, 2100) if tiny else (4096, 14336, 128256)

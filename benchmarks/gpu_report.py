@@ -3,30 +3,42 @@
     python benchmarks/gpu_report.py             # on a machine with a CUDA device: this repository, torch and triton
     TRITON_INTERPRET=1 python benchmarks/gpu_report.py --dry-run     # without one: all that can run, on tiny shapes
 
-Sections run in order, each within its own seconds and the whole; one that fails or finds no time is noted and the
-others go on. After each, everything so far is written to benchmarks/results/DATE-gpu_report.json. Times are medians of
-repetitions that alternate between the systems compared; ratios are of one run. A dry run's figures mean nothing.
+Nothing needs to be installed or fetched: bough is imported from this checkout, and msgspec, pyzmq and llguidance, where
+they are missing, from the wheels of a folder (--wheels). Triton builds its launcher with a C compiler (gcc, clang, CC).
+
+The most important sections come first. Each runs in a process of its own and within its own seconds: one that fails,
+hangs, or breaks the device for its process costs no other. Every row is written as it is found, to
+benchmarks/results/DATE-gpu_report.json or --out, and into the folder that the variable OUT names, if it is set. Times
+are medians of repetitions that alternate between the systems compared; ratios are of one run. A dry run's figures mean
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+_GRACE_S: Final = 8.0  # a section that is out of time may still finish the row it is at
+_COMPILERS: Final = ("gcc", "clang", "cc")
 
 
 @dataclass
@@ -42,50 +54,121 @@ class Clock:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: rows, and which columns of them the short table at the end shows."""
+    """A part of the report: what yields its rows, in at most `seconds`. Sections of one `together` run side by side."""
 
     name: str
     seconds: float
     run: Callable[[Clock], Iterable[Row]]
+    together: str = ""
 
 
 @dataclass
 class Report:
-    """All that was found so far."""
+    """All that was found so far; written to every one of `paths` as it changes."""
 
     environment: Row
+    paths: Sequence[Path]
     sections: dict[str, Row] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        document = {"environment": self.environment, "sections": self.sections}
-        unfinished.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(unfinished, path)
+    def write(self) -> None:
+        document = json.dumps({"environment": self.environment, "sections": self.sections}, indent=1) + "\n"
+        for path in self.paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".part")
+            unfinished.write_text(document)
+            os.replace(unfinished, path)
 
 
-def run_sections(sections: Sequence[Section], report: Report, path: Path, ends_at: float) -> None:
-    """Run what there is time for; a failure is part of the report."""
-    for section in sections:
-        begin = time.monotonic()
-        if begin >= ends_at:
-            report.sections[section.name] = {"status": "no time left", "rows": []}
-            report.write(path)
-            continue
-        rows: list[Row] = []
-        status = "done"
-        clock = Clock(min(begin + section.seconds, ends_at))
+class _Child:
+    """A section in a process of its own."""
+
+    def __init__(self, section: Section, ends_at: float) -> None:
+        context = multiprocessing.get_context("fork")  # torch is imported already, and no device is in use yet
+        self.name = section.name
+        self.begin = time.monotonic()
+        soft = min(self.begin + section.seconds, ends_at)
+        self.deadline = soft + _GRACE_S
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_work, args=(section, Clock(soft), theirs), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def status_of_death(self) -> str:
+        self.process.join(5)
+        return f"failed: its process ended with {self.process.exitcode}"
+
+    def kill(self) -> None:
+        """End the process and all that it started: compilers, too."""
         try:
-            for row in section.run(clock):
-                rows.append(row)
-                print(section.name, _line(row), flush=True)
-        except Exception as error:  # whatever breaks here must not cost the other sections their GPU
-            status = f"failed: {type(error).__name__}: {error}"
-            traceback.print_exc()
+            assert self.process.pid is not None
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self.process.kill()
+
+
+def _work(section: Section, clock: Clock, pipe: Connection) -> None:
+    os.setsid()
+    status = "done"
+    try:
+        for row in section.run(clock):
+            pipe.send(row)
+        status = "cut short" if clock.is_out else status
+    except Exception as error:
+        status = f"failed: {type(error).__name__}: {error}"
+        traceback.print_exc()
+    pipe.send(status)
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)  # a broken device may not let go of the process otherwise
+
+
+def run_sections(sections: Sequence[Section], report: Report, ends_at: float) -> None:
+    """Run what there is time for, in order; a failure is part of the report."""
+    at = 0
+    while at < len(sections):
+        group = [sections[at]]
+        while sections[at].together and len(group) < len(sections) - at:
+            if sections[at + len(group)].together != sections[at].together:
+                break
+            group.append(sections[at + len(group)])
+        at += len(group)
+        if time.monotonic() >= ends_at:
+            report.sections |= {section.name: {"status": "no time left", "rows": []} for section in group}
+            report.write()
         else:
-            status = "cut short" if clock.is_out else status
-        report.sections[section.name] = {"status": status, "seconds": time.monotonic() - begin, "rows": rows}
-        report.write(path)
+            _run_together([_Child(section, ends_at) for section in group], report)
+
+
+def _run_together(children: list[_Child], report: Report) -> None:
+    report.sections |= {child.name: {"status": "running", "rows": []} for child in children}
+    running = {child.pipe: child for child in children}
+    while running:
+        patience = min(child.deadline for child in running.values()) - time.monotonic()
+        for pipe in wait(list(running), max(0.0, patience)):
+            assert isinstance(pipe, Connection)
+            child = running[pipe]
+            try:
+                message: Row | str = pipe.recv()
+            except EOFError:
+                message = child.status_of_death()
+            if isinstance(message, str):
+                del running[pipe]
+                _end(child, message, report)
+            else:
+                report.sections[child.name]["rows"].append(message)
+                print(child.name, _line(message), flush=True)
+                report.write()
+        for child in [child for child in running.values() if time.monotonic() >= child.deadline]:
+            del running[child.pipe]
+            child.kill()
+            _end(child, f"killed after {time.monotonic() - child.begin:.0f} s", report)
+
+
+def _end(child: _Child, status: str, report: Report) -> None:
+    child.process.join(5)
+    report.sections[child.name] |= {"status": status, "seconds": time.monotonic() - child.begin}
+    report.write()
+    print(f"-- {child.name}: {status} ({time.monotonic() - child.begin:.0f} s)", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,27 +178,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("a dry run needs TRITON_INTERPRET=1, set before Triton is imported", file=sys.stderr)
         return 2
     begin = time.monotonic()
+    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None and not options.dry_run:
+        print("no C compiler (gcc, clang or CC): Triton cannot build its launcher, kernels will fail", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="bough-report-") as folder:
-        _make_importable(Path(folder))
-        import gpu_kernels
-        import gpu_steps
-        import gpu_tree
+        _make_importable(Path(folder), options.wheels)
         import torch
 
-        if not options.dry_run and not torch.cuda.is_available():
+        if not options.dry_run and not torch.version.cuda:
             print(f"PyTorch {torch.__version__} finds no CUDA device; see --dry-run", file=sys.stderr)
             return 2
-        device = torch.device("cpu" if options.dry_run else "cuda")
-        report = Report(_environment(device))
-        peers = not options.no_peers
-        parts = gpu_kernels.parts(device) | gpu_tree.parts(device, peers) | gpu_steps.parts(device, peers)
-        sections = [section for section in _sections(parts) if not options.only or section.name in options.only]
-        path = options.output or ROOT / "benchmarks/results" / f"{report.environment['date'][:10]}-gpu_report.json"
-        run_sections(sections, report, path, begin + options.seconds)
-    print(f"\n{path} · {time.monotonic() - begin:.0f} s · {report.environment['device']}")
-    print(_summary(report))
-    wrong = [row for row in report.sections.get("correctness", {}).get("rows", []) if not row["right"]]
-    return 1 if wrong or any(s["status"].startswith("failed") for s in report.sections.values()) else 0
+        environment = _environment() | {"c_compiler": compiler}
+        name = f"{environment['date'][:10]}-gpu_report.json"
+        paths = [options.out or ROOT / "benchmarks/results" / name]
+        if os.environ.get("OUT"):
+            paths.append(Path(os.environ["OUT"]) / name)
+        report = Report(environment, paths)
+        sections = _sections(torch.device("cpu" if options.dry_run else "cuda"), peers=not options.no_peers)
+        only = tuple(options.only or ("",))
+        chosen = [section for section in sections[1:] if section.name.startswith(only)]
+        run_sections(sections[:1], report, begin + options.seconds)
+        if report.sections["device"]["status"] == "done":  # else nothing could run
+            run_sections(chosen, report, begin + options.seconds)
+        from gpu_goals import summary
+    print(f"\n{' '.join(map(str, paths))} · {time.monotonic() - begin:.0f} s\n{summary(report.sections)}")
+    wrong = [row for section in report.sections.values() for row in section["rows"] if row.get("right") is False]
+    return 1 if wrong or any(s["status"].startswith(("failed", "killed")) for s in report.sections.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,17 +211,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, under Triton's interpreter")
     parser.add_argument("--seconds", type=float, default=460.0, help="of the whole report (default 460)")
     parser.add_argument("--no-peers", action="store_true", help="bough alone")
-    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-gpu_report.json")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run the sections whose names begin so")
+    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", metavar="FOLDER", help="(default: wheels)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/DATE-gpu_report.json")
     return parser
 
 
-def _sections(parts: Mapping[str, tuple[float, Callable[[Clock], Iterable[Row]]]]) -> list[Section]:
-    return [Section(name, seconds, run) for name, (seconds, run) in parts.items()]
+def _sections(device: Any, *, peers: bool) -> list[Section]:
+    """Return all sections, the most important first."""
+    import gpu_kernels
+    import gpu_questions
+    import gpu_steps
+    import gpu_tree
+
+    found = [
+        Section("device", 30, lambda clock: gpu_kernels.about(device)),
+        *(Section(f"correctness {name}", 75, run, "right") for name, run in gpu_kernels.correctness(device).items()),
+        Section("ceilings", 20, lambda clock: gpu_kernels.ceilings(device, clock)),
+        Section("tree", 45, lambda clock: gpu_tree.tree(device, clock)),
+        *(Section(f"steps {name}", 60, run) for name, run in gpu_steps.steps(device).items()),
+        *([Section("peers", 75, lambda clock: gpu_tree.peers(device, clock))] if peers else []),
+        Section("prefill", 30, lambda clock: gpu_tree.prefill(device, peers, clock)),
+        Section("serving", 75, lambda clock: gpu_steps.serving(device, peers, clock)),
+        Section("questions", 40, lambda clock: gpu_questions.questions(device, clock)),
+        Section("kernels", 25, lambda clock: gpu_kernels.kernels(device, clock)),
+    ]
+    return found
 
 
-def _make_importable(folder: Path) -> None:
-    """Let `bough.kernels` and `bough.runtime` be imported from this checkout where bough is not installed."""
+def _make_importable(folder: Path, wheels: Path) -> None:
+    """Let `bough` be imported from this checkout where it is not installed, and from wheels what else is missing."""
+    site = folder / "site"
+    for wheel in sorted(wheels.glob("*.whl")) if wheels.is_dir() else ():
+        tags = wheel.stem.split("-")[-3:]
+        if tags[0].startswith("py3") or "abi3" in tags[1] or f"cp{sys.version_info[0]}{sys.version_info[1]}" in tags[0]:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+    sys.path.append(str(site))  # what is installed comes first
     try:
         import bough.kernels  # noqa: F401
     except ImportError:
@@ -150,37 +264,20 @@ def _make_importable(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _environment(device: Any) -> Row:
+def _environment() -> Row:
+    """Return what this runs on, without touching the device: sections are forked from this process."""
     import torch
     import triton
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    found: Row = {
+    return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "device": "cpu, interpreted: no figure means anything",
+        "cuda": torch.version.cuda,
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "device": properties.name,
-            "num_sms": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
-    return found
-
-
-def _summary(report: Report) -> str:
-    """Return the short table: a line for each row of each section."""
-    lines = []
-    for name, section in report.sections.items():
-        lines.append(f"{name}: {section['status']}")
-        lines += [f"  {_line(row)}" for row in section["rows"]]
-    return "\n".join(lines)
 
 
 def _line(row: Row) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-from gpu_kernels import PAGE_SIZE, Parts, copy_bandwidth
+from gpu_kernels import PAGE_SIZE, copy_bandwidth
 from gpu_report import Clock, Row
 
 from bough.kernels.attention import choose_attention
@@ -19,15 +19,6 @@ from bough.kernels.triton_rows import TritonRows
 
 _CONTEXT = 1024
 _PEER = "transformers generate_batch"
-
-
-def parts(device: torch.device, with_peers: bool) -> Parts:
-    """Return the sections: name -> (seconds, what yields rows)."""
-    tiny = device.type == "cpu"
-    return {
-        "steps": (110.0, lambda clock: steps(device, tiny, clock)),
-        "serving": (80.0, lambda clock: serving(device, tiny, with_peers, clock)),
-    }
 
 
 class RandomWeights:
@@ -63,21 +54,46 @@ def shape_of(name: str) -> Any:
     )  # fmt: skip
 
 
-def runner_of(config: Any, device: torch.device, dtype: torch.dtype, num_pages: int, graphs: bool, model: Any) -> Any:
-    """Return a runner on random weights, and share them with `model` if there is one."""
-    from bough.runtime.cache.kv_pool import KVPool
-    from bough.runtime.cuda.runner import CudaRunner
-    from bough.runtime.models.llama import DeviceParts, Llama
-    from bough.runtime.models.weights import Weights
+class Shape:
+    """A model of random weights and a pool of random keys, and runners on them."""
 
-    if model is None:
-        rows = DeviceParts(TritonRows(8192, device), None)
-        model = Llama(config, cast(Weights, RandomWeights(config, dtype, device)), rows, device)
-    attention = choose_attention(config.num_heads, config.num_kv_heads, config.head_dim, dtype, device, "triton")
-    pool = KVPool(config.num_layers, num_pages, PAGE_SIZE, config.num_kv_heads, config.head_dim, dtype, device)
-    for pages in (*pool.k, *pool.v):
-        pages.normal_()
-    return CudaRunner(model, pool, dtype, device, attention=attention, cuda_graphs=graphs)
+    def __init__(self, name: str, device: torch.device, num_pages: int) -> None:
+        from bough.runtime.cache.kv_pool import KVPool
+        from bough.runtime.models.llama import DeviceParts, Llama
+        from bough.runtime.models.weights import Weights
+
+        self.name, self.device = name, device
+        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.config = config = shape_of(name)
+        with torch.inference_mode():
+            parts = DeviceParts(TritonRows(8192, device), None)
+            self.model = Llama(config, cast(Weights, RandomWeights(config, self.dtype, device)), parts, device)
+            heads = (config.num_kv_heads, config.head_dim)
+            self.pool = KVPool(config.num_layers, num_pages, PAGE_SIZE, *heads, self.dtype, device)
+            for pages in (*self.pool.k, *self.pool.v):
+                pages.normal_()
+
+    def runner(self, *, graphs: bool = True, share: bool = True) -> Any:
+        from bough.runtime.cuda.runner import CudaRunner
+
+        config = self.config
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        attention = choose_attention(*heads, self.dtype, self.device, "triton", share=share)
+        return CudaRunner(self.model, self.pool, self.dtype, self.device, attention=attention, cuda_graphs=graphs)
+
+    def step_bytes(self, tokens: int) -> int:
+        """Return what a step must read: the weights, and the keys and values of so many tokens."""
+        from bough.runtime.cuda.memory import weight_bytes
+
+        config, size = self.config, self.dtype.itemsize
+        # Of the embedding only the rows of the tokens are read; where it is the head, too, all of it.
+        embedding = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * size
+        return int(weight_bytes(config, size) - embedding + tokens * self.token_bytes)
+
+    @property
+    def token_bytes(self) -> int:
+        config: Any = self.config
+        return int(2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize)
 
 
 def decode_batch(width: int, context: int, shared: int) -> Any:
@@ -97,67 +113,130 @@ def decode_batch(width: int, context: int, shared: int) -> Any:
     return Batch(tuple(rows))
 
 
-def steps(device: torch.device, tiny: bool, clock: Clock) -> Iterator[Row]:
-    """Time whole decode steps, planning, sampling and the copies included, as the runtime's loop runs them."""
-    from bough.runtime.cuda.memory import weight_bytes
+def extend_batch(context: int, new: int) -> Any:
+    """Return one sequence's step of `new` prompt tokens after `context` cached ones."""
+    from bough.runtime.batch import Batch, Row, SampleRequest
+    from bough.runtime.protocol import SamplingParams
 
-    dtype = torch.float32 if tiny else torch.bfloat16
-    bandwidth = copy_bandwidth(device, tiny)
-    for name in ("tiny",) if tiny else ("8b", "1b"):
-        config, model = shape_of(name), None
-        cases = [(2, 20, 0)] if tiny else [(1, _CONTEXT, 0), (8, _CONTEXT, 0), (64, _CONTEXT, 0), (64, 8320, 8192)]
-        for graphs in (True, False):
-            num_pages = max(w * (c - s) // PAGE_SIZE + c // PAGE_SIZE + w + 1 for w, c, s in cases)
-            runner = runner_of(config, device, dtype, num_pages, graphs, model)
-            model = runner.model
-            for width, context, shared in cases:
-                if clock.is_out:
-                    return
-                ms = _step_ms(runner, decode_batch(width, context, shared), 3 if tiny else 20)
-                token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-                num_bytes = weight_bytes(config, dtype.itemsize) + token * (shared + width * (context - shared))
-                yield {
-                    "model": name, "batch": width, "context": context, "shared": shared, "graphs": graphs, "ms": ms,
-                    "share_of_copy": num_bytes / ms * 1e3 / bandwidth,
-                }  # fmt: skip
-            del runner
+    none = np.zeros(0, dtype=np.int32)
+    pages = np.arange(-(-(context + new) // PAGE_SIZE), dtype=np.int32)
+    request = SampleRequest(SamplingParams(temperature=0.0), 0, context + new, none, none, ())
+    return Batch((Row(np.full(new, 5, dtype=np.int32), context, pages, request),))
 
 
-def _step_ms(runner: Any, batch: Any, repetitions: int) -> float:
-    times = []
-    for _ in range(repetitions + 3):
-        begin = time.perf_counter()
-        runner.execute(batch)  # ends with a copy back: nothing is left running
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times[3:])
+def steps(device: torch.device) -> dict[str, Callable[[Clock], Iterator[Row]]]:
+    """Return the sections on whole steps, planning, sampling and copies included, one after the other."""
+    if device.type == "cpu":
+        shared = [(2, 80, 64)]
+        return {"tiny": lambda clock: _steps(Shape("tiny", device, 16), [(2, 20)], shared, (48, 18), clock)}
+    alone = [(1, _CONTEXT), (8, _CONTEXT), (64, _CONTEXT)]
+    branches = [(16, 8320, 8192), (64, 8320, 8192), (64, 32_896, 32_768)]
+    num_pages = 64 * (_CONTEXT // PAGE_SIZE) + 64
+    return {
+        "8b": lambda clock: _steps(Shape("8b", device, num_pages), alone, branches, (8192, 64), clock),
+        "1b": lambda clock: _steps(Shape("1b", device, num_pages), alone[:1], branches[:2], (8192, 64), clock),
+    }
 
 
-def serving(device: torch.device, tiny: bool, with_peers: bool, clock: Clock) -> Iterator[Row]:
-    """Serve one fork, scheduler and cache included but no wire; and its prompts by `transformers` continuous batching.
+def _steps(
+    shape: Shape,
+    alone: list[tuple[int, int]],
+    branches: list[tuple[int, int, int]],
+    extend: tuple[int, int],
+    clock: Clock,
+) -> Iterator[Row]:
+    bandwidth = copy_bandwidth(shape.device, shape.device.type == "cpu")
+    shared, unshared, eager = shape.runner(), shape.runner(share=False), shape.runner(graphs=False)
+    # What the goals are about comes first: one row alone, branches, graphs.
+    cases = [(*alone[0], 0, [shared, eager]), *((*case, [shared, unshared]) for case in branches)]
+    cases += [(*case, 0, [shared, unshared, eager]) for case in reversed(alone[1:])]
+    for width, context, common, runners in cases:
+        if clock.is_out:
+            return
+        times = _step_ms(runners, decode_batch(width, context, common))
+        for runner, ms in zip(runners, times, strict=True):
+            tokens = common + width * (context - common)
+            row: Row = {
+                "model": shape.name, "batch": width, "context": context, "shared": common, "new": 1,
+                "graphs": runner is not eager, "share": runner is not unshared, "ms": ms,
+            }  # fmt: skip
+            if runner is shared:
+                row["share_of_copy"] = shape.step_bytes(tokens) / ms * 1e3 / bandwidth
+                row |= _idle(runner, decode_batch(width, context, common), ms)
+            yield row
+    (ms,) = _step_ms([shared], extend_batch(*extend))
+    floor_ms = shape.step_bytes(0) / bandwidth * 1e3
+    yield {"model": shape.name, "cached": extend[0], "new": extend[1], "ms": ms, "floors": ms / floor_ms}
+
+
+def _step_ms(runners: Sequence[Any], batch: Any) -> list[float]:
+    """Return the median milliseconds of a step by each runner, in turn."""
+    times: list[list[float]] = [[] for _ in runners]
+    for repetition in range(4 if runners[0].device == "cpu" else 18):
+        for runner, found in zip(runners, times, strict=True):
+            begin = time.perf_counter()
+            runner.execute(batch)  # ends with a copy back: nothing is left running
+            if repetition >= 3:  # the first two compile and capture
+                found.append((time.perf_counter() - begin) * 1e3)
+    return [statistics.median(found) for found in times]
+
+
+def _idle(runner: Any, batch: Any, step_ms: float) -> Row:
+    """Return the share of a step in which the device waits, from its time where the host has run ahead of it."""
+    if runner.device == "cpu":
+        return {}
+    cuda: Any = torch.cuda
+    found = []
+    for _ in range(5):
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+        cuda._sleep(20_000_000)  # some 10 ms, in which the host plans and launches
+        begin.record()
+        runner.execute(batch)
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end))
+    device_ms = statistics.median(found)
+    return {"device_ms": device_ms, "idle": max(0.0, 1 - device_ms / step_ms)}
+
+
+# name, requests, tokens that all begin with, tokens of their own, tokens generated
+_WORKLOADS = (("fork", 32, 1024, 32, 64), ("independent", 32, 0, 512, 64))
+_TINY_WORKLOADS = (("fork", 2, 32, 4, 2),)
+
+
+def serving(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Row]:
+    """Serve prompts, scheduler and cache included but no wire; and the same by `transformers` continuous batching.
 
     Both have random weights of the same shape, the same prompts and the same number of tokens, greedy. A first run
     warms up; the second is the figure. bough begins both with an empty cache.
     """
-    dtype = torch.float32 if tiny else torch.bfloat16
-    config = shape_of("tiny" if tiny else "1b")
-    width, prefix, own, num_tokens = (2, 32, 4, 2) if tiny else (32, 1024, 32, 64)
-    ids = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
-    shared = ids(prefix)
-    prompts = [np.concatenate([shared, ids(own)]) for _ in range(width)]
-    num_pages = width * -(-(prefix + own + num_tokens) // PAGE_SIZE)
-    runner = runner_of(config, device, dtype, num_pages, True, None)
-    for _ in range(2):
-        begin = time.perf_counter()
-        found = serve(runner, prompts, num_tokens)
-        seconds = time.perf_counter() - begin
-    yield {"system": "bough", "seconds": seconds, **found}
+    workloads = _TINY_WORKLOADS if device.type == "cpu" else _WORKLOADS
+    most = max(width * -(-(prefix + own + new) // PAGE_SIZE) for _, width, prefix, own, new in workloads)
+    shape = Shape("tiny" if device.type == "cpu" else "1b", device, most)
+    made = []
+    for name, width, prefix, own, num_tokens in workloads:
+        ids = partial(np.random.default_rng(0).integers, 2, shape.config.vocab_size, dtype=np.int32)
+        shared = ids(prefix)
+        made.append((name, [np.concatenate([shared, ids(own)]) for _ in range(width)], num_tokens))
+    seconds = 0.0
+    for name, prompts, num_tokens in made:
+        runner = shape.runner()
+        for _ in range(2):
+            begin = time.perf_counter()
+            found = serve(runner, prompts, num_tokens)
+            seconds = time.perf_counter() - begin
+        speed = found["generated"] / seconds
+        yield {"workload": name, "system": "bough", "seconds": seconds, "tokens_per_s": speed, **found}
     del runner
-    if clock.is_out or not with_peers:
-        return
-    try:
-        yield _continuous(config, device, dtype, [prompt.tolist() for prompt in prompts], num_tokens)
-    except Exception as error:  # a baseline that is not here or does not run here
-        yield {"system": _PEER, "no": f"{type(error).__name__}: {error}"[:120]}
+    for name, prompts, num_tokens in made if with_peers else ():
+        if clock.is_out:
+            return
+        try:
+            texts = [prompt.tolist() for prompt in prompts]
+            yield {"workload": name, **_continuous(shape.config, device, shape.dtype, texts, num_tokens)}
+        except Exception as error:  # a baseline that is not here or does not run here
+            yield {"workload": name, "system": _PEER, "no": f"{type(error).__name__}: {error}"[:120]}
+            return
 
 
 def serve(runner: Any, prompts: Sequence[Any], num_tokens: int) -> Row:
@@ -206,4 +285,4 @@ def _continuous(
     generated = sum(len(answer.generated_tokens) for answer in answers.values())
     if generated != len(prompts) * num_tokens:
         raise RuntimeError(f"{generated} tokens instead of {len(prompts) * num_tokens}")
-    return {"system": _PEER, "seconds": seconds, "generated": generated}
+    return {"system": _PEER, "seconds": seconds, "tokens_per_s": generated / seconds, "generated": generated}

@@ -1,4 +1,4 @@
-"""The report's section on tree attention: one layer's decode of branches over one prefix, beside other systems."""
+"""The report's sections on attention: decode of branches over one prefix, and cold prompts, beside other systems."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_kernels import PAGE_SIZE, Parts, attention_of, copy_bandwidth, layout_of, medians_us, prepared, some
+from gpu_kernels import PAGE_SIZE, attention_of, copy_bandwidth, layout_of, medians_us, prepared, some
 from gpu_report import Clock, Row
 
 from bough.kernels.cuda_attention import run
@@ -17,57 +17,144 @@ from bough.kernels.layout import PagedLayout
 from bough.kernels.paged_kv import PagedKV
 
 _OWN = 128  # private tokens of each branch
-_MOST_COPY_BYTES = 40 << 30  # of KV gathered for a baseline that cannot read pages
+_MOST_COPY_BYTES = 20 << 30  # of KV gathered for a baseline that cannot read pages
+_HEADS, _TINY_HEADS = (32, 8, 128), (4, 2, 64)
+_FIRST = ((16, 8192), (64, 8192), (64, 32768))  # what the goals are about
+Work = Callable[[], object]
 
 
-def parts(device: torch.device, with_peers: bool) -> Parts:
-    """Return the section: name -> (seconds, what yields rows)."""
-    return {"tree": (150.0, lambda clock: tree(device, device.type == "cpu", with_peers, clock))}
+class Case:
+    """One layer's decode of `width` branches of private tokens over one prefix; prefix 0: nothing is shared."""
+
+    def __init__(self, width: int, prefix: int, device: torch.device, own: int = _OWN) -> None:
+        tiny = device.type == "cpu"
+        self.device, self.width, self.prefix, self.own = device, width, prefix, own
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.heads, kv_heads, dim = _TINY_HEADS if tiny else _HEADS
+        self.layout = layout_of([prefix + own] * width, [1] * width, prefix)
+        num_pages = int(self.layout.kv_indices.max()) + 1
+        pages = torch.randn(2, num_pages, PAGE_SIZE, kv_heads, dim, device=device, dtype=self.dtype)
+        self.kv = PagedKV(pages[0], pages[1])
+        self.q = some(width, self.heads, dim, dtype=self.dtype, device=device)
+        self.token_bytes = 2 * kv_heads * dim * pages.element_size()
+
+    def ours(self, *, share: bool) -> Work:
+        kv, dim = self.kv, self.kv.head_dim
+        chosen = attention_of(self.heads, kv.num_kv_heads, dim, self.dtype, self.device, share)
+        return partial(run, self.q, kv, *prepared(self.layout, chosen, self.heads, dim, self.device), chosen, dim**-0.5)
 
 
-def tree(device: torch.device, tiny: bool, with_peers: bool, clock: Clock) -> Iterator[Row]:
-    """Time one layer's decode of `width` branches over one prefix, by each system that can.
+def tree(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Time tree attention beside the same kernels reading each branch by itself.
 
-    error_NAME: how far the others' output is from that of tree decode, relative to its largest value.
+    each_tb_per_s: what the branches read, over the time it took: above the copy bandwidth where the second-level cache
+    serves the prefix. The last cases, of short prefixes and few branches, tell from where on sharing pays.
     """
-    heads, kv_heads, dim = (4, 2, 64) if tiny else (32, 8, 128)
-    dtype = torch.float32 if tiny else torch.bfloat16
+    tiny = device.type == "cpu"
     bandwidth = copy_bandwidth(device, tiny)
-    cases = [(2, 64)] if tiny else [(w, p) for p in (8192, 1024, 32768) for w in (16, 64, 4, 256)]
-    own = 16 if tiny else _OWN
-    for width, prefix in cases:
+    more = [(w, p) for p in (8192, 1024, 32768) for w in (16, 64, 4, 256) if (w, p) not in _FIRST]
+    few = [(w, p) for w in (2, 4, 16) for p in (64, 128, 256, 512)]
+    for width, prefix in [(2, 64)] if tiny else [*_FIRST, *more, *few]:
         if clock.is_out:
             return
-        layout = layout_of([prefix + own] * width, [1] * width, prefix)
-        num_pages = int(layout.kv_indices.max()) + 1
-        pages = torch.randn(2, num_pages, PAGE_SIZE, kv_heads, dim, device=device).to(dtype)
-        kv, q = PagedKV(pages[0], pages[1]), some(width, heads, dim, dtype=dtype, device=device)
-        works: dict[str, Callable[[], object]] = {}
-        for name, share in (("tree", True), ("each", False)):
-            chosen = attention_of(heads, kv_heads, dim, dtype, device, share)
-            works[name] = partial(run, q, kv, *prepared(layout, chosen, heads, dim, device), chosen, dim**-0.5)
-        row: Row = {"width": width, "prefix": prefix}
-        for name, make in _PEERS if with_peers else ():
+        case = Case(width, prefix, device, 16 if tiny else _OWN)
+        works = {"tree": case.ours(share=True), "each": case.ours(share=False)}
+        outputs = {name: _output(work) for name, work in works.items()}
+        times = medians_us(works, device, 9)
+        num_bytes = (prefix + width * case.own) * case.token_bytes
+        yield {
+            "width": width, "prefix": prefix, **{f"{name}_us": us for name, us in times.items()},
+            "each/tree": times["each"] / times["tree"],
+            "share_of_copy": num_bytes / times["tree"] * 1e6 / bandwidth,
+            "each_tb_per_s": width * (prefix + case.own) * case.token_bytes / times["each"] / 1e6,
+            **_checked(outputs["each"], outputs["tree"], "tree against each", case.dtype),
+        }  # fmt: skip
+
+
+def _checked(found: torch.Tensor, expected: torch.Tensor, kernel: str, dtype: torch.dtype) -> Row:
+    error = float((found - expected).abs().max() / expected.abs().max())
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    return {"kernel": kernel, "dtype": str(dtype)[6:], "error": error, "limit": limit, "right": error <= limit}
+
+
+def peers(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Time tree attention beside each other system that can; a row for each, so that one that takes long costs itself.
+
+    error: how far the other's output is from ours, relative to the largest value. prefix 0: nothing is shared.
+    """
+    tiny = device.type == "cpu"
+    cases = [(2, 64)] if tiny else [*_FIRST, (64, 0), (16, 1024)]
+    for name, make in _PEERS:
+        for width, prefix in cases:
+            if clock.is_out:
+                return
+            row: Row = {"peer": name, "width": width, "prefix": prefix}
             try:
-                work = make(q, kv, layout)
+                case = Case(width, prefix, device, 16 if tiny else _OWN if prefix else 1024)
+                works = {"tree": case.ours(share=True), name: make(case.q, case.kv, case.layout)}
+                outputs = {name: _output(work) for name, work in works.items()}
+                row["error"] = float((outputs[name].view_as(outputs["tree"]) - outputs["tree"]).abs().max())
+                times = medians_us(works, device, 7)
+                row |= {f"{name}_us": us for name, us in times.items()} | {f"{name}/tree": times[name] / times["tree"]}
+                yield row
+            except Exception as error:  # a baseline that is not here or does not do this shape
+                yield row | {"no": f"{type(error).__name__}: {error}"[:120]}
+                if isinstance(error, ImportError):
+                    break
+
+
+def prefill(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Row]:
+    """Time one layer's attention of a cold prompt, beside PyTorch's and FlashInfer's."""
+    tiny = device.type == "cpu"
+    heads, kv_heads, dim = _TINY_HEADS if tiny else _HEADS
+    dtype = torch.float32 if tiny else torch.bfloat16
+    for tokens in (40,) if tiny else (4096, 1024, 8192):
+        if clock.is_out:
+            return
+        layout = layout_of([tokens], [tokens], 0)
+        q = some(tokens, heads, dim, dtype=dtype, device=device)
+        pages = torch.randn(2, -(-tokens // PAGE_SIZE), PAGE_SIZE, kv_heads, dim, device=device, dtype=dtype)
+        kv = PagedKV(pages[0], pages[1])
+        chosen = attention_of(heads, kv_heads, dim, dtype, device, True)
+        works: dict[str, Work] = {
+            "ours": partial(run, q, kv, *prepared(layout, chosen, heads, dim, device), chosen, dim**-0.5)
+        }
+        row: Row = {"tokens": tokens}
+        for name, make in _PREFILL_PEERS if with_peers else ():
+            try:
+                work = make(q, kv.k.flatten(0, 1)[:tokens], kv.v.flatten(0, 1)[:tokens])
                 work()
                 works[name] = work
-            except Exception as error:  # a baseline that is not here or does not do this shape
+            except Exception as error:
                 row[f"no_{name}"] = f"{type(error).__name__}: {error}"[:120]
-        outputs = {name: _output(work).view(width, heads, dim) for name, work in works.items()}
         times = medians_us(works, device, 9)
-        largest = outputs["tree"].abs().max()
-        row |= {
-            f"error_{name}": float((output - outputs["tree"]).abs().max() / largest)
-            for name, output in outputs.items()
-            if name != "tree"
-        }
         row |= {f"{name}_us": us for name, us in times.items()}
-        row |= {f"{name}/tree": us / times["tree"] for name, us in times.items() if name != "tree"}
-        token = 2 * kv_heads * dim * pages.element_size()
-        row["share_of_copy"] = (prefix + width * own) * token / times["tree"] * 1e6 / bandwidth
-        yield row
-        del works, pages, kv
+        row |= {f"{name}/ours": us / times["ours"] for name, us in times.items() if name != "ours"}
+        yield row | {"tflop_per_s": 2.0 * tokens * tokens * heads * dim / times["ours"] / 1e6}
+
+
+def _torch_prefill(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Work:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+
+    def work() -> object:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return work
+
+
+def _fa3_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Work:
+    flashinfer: Any = importlib.import_module("flashinfer")
+    return lambda: flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True, backend="fa3")
+
+
+_PREFILL_PEERS: tuple[tuple[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Work]], ...] = (
+    ("flash", partial(_torch_prefill, "FLASH_ATTENTION")),
+    ("cudnn", partial(_torch_prefill, "CUDNN_ATTENTION")),
+    ("fa3", _fa3_prefill),
+)
 
 
 def _output(work: Callable[[], Any]) -> torch.Tensor:
@@ -132,4 +219,5 @@ def _cascade(q: torch.Tensor, kv: PagedKV, layout: PagedLayout) -> Callable[[], 
     return lambda: wrapper.run(q, (kv.k, kv.v))
 
 
-_PEERS = (("sdpa", _sdpa), ("flex", _flex), ("flashinfer", _flashinfer), ("cascade", _cascade))
+# What has to be compiled first comes last.
+_PEERS = (("sdpa", _sdpa), ("flashinfer", _flashinfer), ("cascade", _cascade), ("flex", _flex))
