@@ -222,8 +222,8 @@ MUTANTS = (
         "settled = sequence.num_publishable - accepted",
         "settled = sequence.num_publishable",
     ),
-    Mutant("what stands behind a stop is kept", SCHEDULER, " -= sequence.cut(num_generated)", " -= 0"),
-    Mutant("what is cut off counts as computed", "sequence.py", "min(self.num_computed, length - 1)", "length"),
+    Mutant("what stands behind a stop in a draft is kept", SCHEDULER, " -= sequence.cut(num_generated)", " -= 0"),
+    Mutant("what is cut off a draft counts as computed", "sequence.py", "min(self.num_computed, length - 1)", "length"),
     Mutant(
         "a grammar's sequence drafts", "sequence.py", "(self.constraint is None or self.constraint.is_free)", "True"
     ),

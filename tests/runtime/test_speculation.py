@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bough.runtime.batch import Row, SampleRequest
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.drafts import FIRST_DRAFT, LEAST_MATCH, MOST_DRAFT, NgramTable, Pace, repeated
 from bough.runtime.protocol import SamplingParams
@@ -143,6 +144,44 @@ def test_siblings_learn_what_was_drawn_once_and_no_prompt() -> None:
     sequence.append(9)
     speculator.learn(sequence)
     assert speculator.draft(None, ids(6, 7, 8), ids(), 9).tolist() == [9]
+
+
+def test_every_draw_after_a_draft_is_asked_for_as_plain_decoding_asks() -> None:
+    params = SamplingParams(min_tokens=4, max_tokens=20, frequency_penalty=0.5, seed=9)
+    none = ids()
+    first = SampleRequest(params, 9, 12, generated=ids(5, 6), prompt=none, forbidden=(3,))
+    row = Row(ids(6, 7, 8, 9), 11, ids(0), first, draft=3)
+    asked = [(draw.position, draw.generated.tolist(), draw.forbidden) for draw in row.draws()]
+    assert asked == [
+        (12, [5, 6], (3,)),
+        (13, [5, 6, 7], (3,)),
+        (14, [5, 6, 7, 8], ()),
+        (15, [5, 6, 7, 8, 9], ()),
+    ]
+
+
+def test_a_sequence_under_a_grammar_drafts_nothing_until_it_is_free() -> None:
+    constraint = AnyToken()
+    sequence = Sequence(ids(1, 2), params=SamplingParams(), constraint=constraint)
+    sequence.append(3)
+    sequence.forget_rows(2)
+    assert not sequence.is_drawing
+    constraint.is_free = True
+    assert sequence.is_drawing
+
+
+class AnyToken:
+    is_ended = is_free = False
+    num_forced = 0
+
+    def fill(self, words: object, forbidden: tuple[int, ...] = ()) -> None:
+        raise AssertionError("nothing is drawn here")
+
+    def begin(self) -> list[int]:
+        return []
+
+    def advance(self, token: int) -> list[int]:
+        return [token]
 
 
 def test_what_is_cut_off_was_never_computed() -> None:
