@@ -13,7 +13,7 @@ from bough.runtime.runner import Runner
 
 _DRAFT: Final = 32  # tokens: beyond the few that come nearly free while weights are read
 _SECONDS: Final = 0.25
-_ROUNDS: Final = 2, 6  # at least, at most
+_ROUNDS: Final = 3, 6  # at least, at most
 _RANGE: Final = 0.01, 2.0  # what a busy machine may have measured is not believed beyond
 
 
