@@ -174,7 +174,8 @@ def _overhead(found: _Found, cache: Mapping[str, Any] | None) -> list[Verdict]:
     prefill = found.figure("prefill 1 × 1024", "wall_s")  # noqa: RUF001
     goal = "· its bookkeeping for a prompt of 1,024, of that prompt's time"
     if cache is None or prefill is None:
-        return [whole, Verdict(goal, 0.3, None, "%", why_not="not measured: python benchmarks/bench_cache.py --save")]
+        why = "not measured" + (": python benchmarks/bench_cache.py --save" if cache is None else "")
+        return [whole, Verdict(goal, 0.3, None, "%", why_not=why)]
     times = cache["results"]
     on, without = (times[f"random 1,024-token prompt, cache {word}"]["median"] for word in ("on", "off"))
     part = (on - without) / prefill.median * 1e-4  # µs by s, in percent

@@ -41,7 +41,7 @@ class SuiteRun:
         self._systems: dict[str, System] = {}
         self._why = dict(why_not or {})  # a system's, or (workload/system)'s, reason to have no figures
         self._figures: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-        self._same: dict[tuple[str, str], float] = {}
+        self._same: dict[tuple[str, str], tuple[int, int]] = {}
 
     def start(self, begin: Callable[[str], System], stack: ExitStack) -> None:
         """Start every system and warm it up; one that cannot be started has that as its rows' reason.
@@ -104,7 +104,7 @@ class SuiteRun:
                     continue
                 both = [i for i in runs if i in ours]
                 row = rows.row(trace, name, list(runs.values()), [(runs[i], ours[i]) for i in both])
-                found.append(row | {"same_tokens": self._same.get((trace.name, name), 1.0)})
+                found.append(row | {"same_tokens": self._same.get((trace.name, name), (0, 0))})
         return found
 
     def _able(self, trace: Trace, repetition: int) -> list[str]:

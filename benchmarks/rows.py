@@ -66,14 +66,14 @@ def empty_row(trace: Trace, system: str, why: str) -> dict[str, Any]:
     return {**_about(trace, system), "status": why.split(":")[0], "reason": why}
 
 
-def same_tokens(runs: Mapping[str, Run]) -> dict[str, float]:
-    """Return per system what share of its tokens are bough's, of those that were chosen after the very same text.
+def same_tokens(runs: Mapping[str, Run]) -> dict[str, tuple[int, int]]:
+    """Return per system how many of its tokens are bough's, of how many that were chosen after the very same text.
 
-    Text is the same up to the first token that differs, which counts too; 1 where no prompt is the same. Random
-    weights make this hard on bfloat16: likeliest tokens are often nearly ties.
+    Text is the same up to the first token that differs, which counts too. Random weights make this hard on bfloat16:
+    likeliest tokens are often nearly ties.
     """
     ours = {_prompts(call.prompts): call.answer for call in runs[REFERENCE].calls} if REFERENCE in runs else {}
-    shares = {}
+    found = {}
     for system, run in runs.items():
         same = different = 0
         for call in run.calls:
@@ -81,8 +81,8 @@ def same_tokens(runs: Mapping[str, Run]) -> dict[str, float]:
                 pairs = list(zip(call.answer, answer, strict=True))
                 equal = next((i for i, (theirs, mine) in enumerate(pairs) if theirs != mine), len(pairs))
                 same, different = same + equal, different + (equal < len(pairs))
-        shares[system] = same / (same + different) if same + different else 1.0
-    return shares
+        found[system] = same, same + different
+    return found
 
 
 def _prompts(prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -144,14 +144,13 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line of how far each system's tokens are bough's."""
-    shares: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     for one in rows:
         if one["status"] == "ok" and one["system"] != REFERENCE:
-            shares.setdefault(one["system"], []).append(one["same_tokens"])
-    if not shares:
-        return []
-    told = [f"{system} {median(of):.2f} (least {min(of):.2f})" for system, of in shares.items()]
-    return [f"* of tokens chosen after the same text, the share that is bough's, median of workloads: {_list(told)}"]
+            found.setdefault(one["system"], []).append(one["same_tokens"])
+    sums = {system: [sum(column) for column in zip(*pairs, strict=True)] for system, pairs in found.items()}
+    told = [f"{system} {same / of:.3f} of {of:,}" for system, (same, of) in sums.items() if of]
+    return [f"* of the tokens chosen after the same text, the share that is bough's: {_list(told)}"] if told else []
 
 
 def _list(names: Sequence[str]) -> str:

@@ -112,7 +112,8 @@ def fork(width: int, prefix: int, own: int, answer: int, kind: str = "sweep") ->
     words = writer(width * 10_007 + prefix)
     shared = words.text(prefix).tolist() if prefix else []
     asks = tuple(Ask(((*shared, *words.text(own).tolist()),), num_tokens=answer) for _ in range(width))
-    shape = f"{width} × ({prefix} shared + {own}) → {answer}"  # noqa: RUF001
+    each = f"({prefix} shared + {own})" if prefix else own
+    shape = f"{width} × {each} → {answer}"  # noqa: RUF001
     name = f"fork {width} × {prefix}" if prefix else f"batch {width}"  # noqa: RUF001
     return Trace(name, shape, kind, (asks,), 1, width, prefix)
 
@@ -155,15 +156,16 @@ def suite(size: str) -> list[Trace]:
 
 def _quick() -> list[Trace]:
     return [
-        fork(16, 512, 16, 16, "headline"),
+        fork(16, 256, 16, 16, "headline"),
         *_decode(64, 16),
         prefill(1, 256),
         prefill(4, 256),
         first_token(512, 32, programs=1, cached=2),
         control(4, 128, 16),
-        *(from_shape(place, 30 if place == TREE else 12, 0.125) for place in _PAPER),
-        fork(4, 128, 16, 16),
-        fork(8, 512, 16, 16),
+        *(from_shape(place, 30 if place == TREE else 8, 0.1) for place in _PAPER),
+        fork(4, 64, 16, 16),
+        fork(16, 64, 16, 16),
+        fork(4, 256, 16, 16),
     ]
 
 
