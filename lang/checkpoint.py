@@ -20,7 +20,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bough.errors import InvalidRequest
 from bough.expressions import Expression, Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, pieces_of
 from bough.interpreter import Interpreter, Lease
-from bough.pieces import Cut, GenCall, Item, Mark, Onward, Point, Strand, Trunk, futures_of, items_after, result_of
+from bough.pieces import (
+    Cut,
+    GenCall,
+    Item,
+    Mark,
+    Onward,
+    Point,
+    Strand,
+    Trunk,
+    futures_of,
+    items_after,
+    known_length,
+    result_of,
+)
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
@@ -138,9 +151,13 @@ def _go_back(interpreter: Interpreter, mark: Checkpoint) -> None:
     """Go on with a new fork of the checkpoint's branch, and give up what came after it."""
     assert mark._lease.branch is not None, "a checkpoint holds its branch"
     backend, strand = interpreter.backend, Strand()
-    (new,) = backend.fork(mark._lease.branch, 1)
     old = interpreter.lease.take()
     assert old is not None, "an open state that has a checkpoint holds a branch"
+    go_back = getattr(backend, "go_back", None)
+    if go_back is None:
+        (new,) = backend.fork(mark._lease.branch, 1)
+    else:  # a watched one, whose readers are told that this is no fork of the program's
+        new = go_back(old, mark._lease.branch, known_length(mark._lengths))
     if interpreter.num_forks == mark._num_forks:  # else the forks need what they were forked off
         given_up = [branch for branch, left in interpreter._ancestors if (branch, left) not in mark._ancestors]
         for branch in (*given_up, old):

@@ -52,7 +52,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         choice          a select is done: `text` is the choice; a score is done: `text` is the best
         recorded        a value of `State.recorded` is there; `variable` is its name
         fork            `children` were forked off `branch`
-        rewind          the branch was cut back to `length` tokens
+        rewind          the branch was cut back to `length` tokens (None: not known yet); what follows is on the one of
+                        `children`, if there is one
         cancel          the branch was cancelled, with all that was forked off it
         error           a gen, select or text failed with `error`
 
@@ -149,6 +150,10 @@ class EventLog(Observer):
     def forked(self, run: RunInfo, path: Path, children: Sequence[Path]) -> None:
         """Note a fork."""
         self._add("fork", run, path, children=children)
+
+    def rewound(self, run: RunInfo, path: Path, onward: Path, length: int | None) -> None:
+        """Note that a text goes on from an earlier point."""
+        self._add("rewind", run, path, children=[onward], length=length)
 
     def cancelled(self, run: RunInfo, path: Path) -> None:
         """Note a cancel."""

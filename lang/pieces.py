@@ -368,6 +368,11 @@ class Cut:
         return max(0, _longest(self._before) - after)
 
 
+def known_length(replies: Sequence[Future[Any]]) -> int | None:
+    """Return how long a text is by the last of its replies; None if they are not there yet."""
+    return _longest(replies) if all(reply.done() for reply in replies) else None
+
+
 def _longest(replies: Sequence[Future[Any]]) -> int:
     done = [reply for reply in replies if reply.done() and not reply.cancelled() and reply.exception() is None]
     return max((reply.result().length for reply in done), default=0)
@@ -385,15 +390,17 @@ class Onward(list["Strand"]):
 class Strand:
     """The pieces that one state appended, and the strands that were forked off it (for drawing the tree).
 
-    name: what the branch was forked as. dropped: calls whose text was forgotten; they were paid for.
+    name: what the branch was forked as. dropped: calls whose text was forgotten; they were paid for. cuts: how much
+    text was forgotten, of which nothing is drawn.
     """
 
-    __slots__ = ("dropped", "forks", "items", "name")
+    __slots__ = ("cuts", "dropped", "forks", "items", "name")
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.items: list[Item] = []
         self.dropped: tuple[GenCall | SelectCall, ...] = ()
+        self.cuts: tuple[Cut, ...] = ()
         self.forks: list[tuple[int, list[Strand]]] = []
 
 

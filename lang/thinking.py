@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bough.constraint import Constraint
 from bough.errors import InvalidRequest
 from bough.expressions import Concat, Gen, Piece, ThoughtBegin, ThoughtEnd, gen
-from bough.pieces import GenCall, Item, SelectCall, futures_of
+from bough.pieces import Cut, GenCall, Item, SelectCall, futures_of, known_length
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _written(text: str) -> tuple[Piece, ...]:
 class Thought:
     """Thoughts of one message that are to be forgotten: which pieces they are, and the branch without them."""
 
-    __slots__ = ("_begin", "_forgotten", "_lease", "is_due")
+    __slots__ = ("_before", "_begin", "_cuts", "_forgotten", "_lease", "is_due")
 
     def __init__(self, interpreter: Interpreter) -> None:
         """Keep the branch as it is, and let the interpreter go on with a fork of it."""
@@ -93,16 +93,21 @@ class Thought:
             interpreter._ancestors.append((old, running))
         self._lease: Lease = Lease(interpreter.backend, old)
         self._forgotten: list[range] = []
+        self._cuts: list[Cut] = []
+        self._before: Sequence[Future[Any]] = ()
         self.is_due = False
         self.begin(interpreter)
 
     def begin(self, interpreter: Interpreter) -> None:
-        """Count what is appended from now on as a thought."""
+        """Count what is appended from now on as a thought; what was before it has been sent."""
         self._begin = len(interpreter.strand.items)
+        self._before = interpreter.lengths()
 
     def end(self, interpreter: Interpreter) -> None:
         """Count no more."""
+        interpreter.flush()
         self._forgotten.append(range(self._begin, len(interpreter.strand.items)))
+        self._cuts.append(Cut(interpreter.lengths(), self._before))
 
     def futures(self, items: Sequence[Item]) -> list[Future[Any]]:
         """Return what has to be done before the thoughts can be forgotten."""
@@ -121,6 +126,11 @@ class Thought:
         for item in items[self._forgotten[0].start :]:
             if isinstance(item, GenCall):
                 item.is_rewritten = True
+        interpreter.strand.cuts += tuple(self._cuts)
+        backend, old, new = interpreter.backend, interpreter.lease.branch, self._lease.take()
+        went_back = getattr(backend, "went_back", None)
+        if went_back is not None:
+            went_back(old, new, known_length(self._before))
         interpreter.lease.release()
-        interpreter.lease.branch = self._lease.take()
+        interpreter.lease.branch = new
         interpreter._sent = self._forgotten[0].start

@@ -23,9 +23,10 @@ class RunUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     Tokens: prompt_tokens = cached_tokens + computed_tokens, over all gens and selects; generated_tokens were sampled,
     or forced by a grammar (forced_tokens of them), also by those that then failed; cancelled_tokens were computed or
-    generated for operations that were cancelled, timed out or failed. rewound_tokens were cut away by rewinds. Times in
-    milliseconds, summed over the operations: queue_ms waiting to be scheduled, prefill_ms from then to the first token,
-    decode_ms from there to the end. An operation's own figures are in `State.get_meta_info`.
+    generated for operations that were cancelled, timed out or failed. rewound_tokens were cut away by rewinds, edits
+    and forgotten thoughts. Times in milliseconds, summed over the operations: queue_ms waiting to be scheduled,
+    prefill_ms from then to the first token, decode_ms from there to the end. An operation's own figures are in
+    `State.get_meta_info`.
     """
 
     num_done: int = 0
@@ -59,6 +60,7 @@ def usage_of(strand: Strand) -> RunUsage:
         for _, children in list(at.forks):
             if isinstance(children, Onward) and children.cut is not None:
                 total += RunUsage(rewound_tokens=children.cut.num_tokens())
+        total += RunUsage(rewound_tokens=sum(cut.num_tokens() for cut in at.cuts))
     return total
 
 

@@ -86,6 +86,9 @@ class Observer:
     def forked(self, run: RunInfo, path: Path, children: Sequence[Path]) -> None:
         """Branches were forked."""
 
+    def rewound(self, run: RunInfo, path: Path, onward: Path, length: int | None) -> None:
+        """The text of a branch was cut back to `length` tokens, if that is known, and goes on as another branch."""
+
     def sending(self, op: Op) -> BoughError | None:
         """An operation is about to be sent; an error ends it here. `op.params` and `op.request` may be changed."""
 
@@ -228,15 +231,30 @@ class Watched:
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
         """Start `count` branches that share all that `branch` holds."""
+        children, paths = self._fork(branch, count)
+        for observer in self.watch.observers:
+            observer.forked(self.run, self.path_of(branch), paths)
+        return children
+
+    def go_back(self, branch: Branch, mark: Branch, length: int | None) -> Branch:
+        """Start the branch in which the text of `branch` goes on from where `mark` stands, after `length` tokens."""
+        (child,), _ = self._fork(mark, 1)
+        self.went_back(branch, child, length)
+        return child
+
+    def went_back(self, branch: Branch, onward: Branch, length: int | None) -> None:
+        """Tell that the text of `branch` goes on as `onward`, an earlier state of it."""
+        for observer in self.watch.observers:
+            observer.rewound(self.run, self.path_of(branch), self.path_of(onward), length)
+
+    def _fork(self, branch: Branch, count: int) -> tuple[list[Branch], list[Path]]:
         place = self._place(branch)
         children = self._backend.fork(branch, count)
         paths = [(*place.path, place.num_children + number) for number in range(count)]
         place.num_children += count
         for child, path in zip(children, paths, strict=True):
             self._places[child] = Place(path)
-        for observer in self.watch.observers:
-            observer.forked(self.run, place.path, paths)
-        return children
+        return children, paths
 
     def release(self, branches: Sequence[Branch]) -> None:
         """Forget branches."""

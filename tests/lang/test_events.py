@@ -117,6 +117,32 @@ def test_async_readers_get_the_same() -> None:
     assert whole[-1].kind == "finish"
 
 
+def test_a_rewind_is_one_and_no_fork() -> None:
+    @bo.function
+    def back(s: bo.State) -> None:
+        s += "a b " + bo.gen("x")
+        s["x"]
+        mark = s.checkpoint()
+        s += " c " + bo.gen("y")
+        s["y"]
+        s.rewind(mark)
+        s += " d " + bo.gen("z")
+        s += bo.user("?") + bo.assistant(bo.think("t", keep=False, start="(", end=")") + bo.gen("last"))
+        s.text()
+
+    state = back.run(backend=bo.ScriptedBackend(["one", "two", "three", "so so", "four"]), events=True)
+    events = list(state.events())
+    rewinds = [event for event in events if event.kind == "rewind"]
+    x, y, z, t, last = (event for event in events if event.kind == "end")
+    first, thought = rewinds
+    assert (first.branch, first.children, first.length) == (y.branch, [z.branch], x.length)
+    assert t.branch == last.branch
+    assert (thought.branch, thought.length) == (t.branch, t.length - 3)
+    assert list(thought.children) == [z.branch], "it goes on where it was before the thought"
+    assert sum(event.kind == "fork" for event in events) == 2, "the checkpoint's, and the thought's own branch"
+    assert state.usage.rewound_tokens == 2 + 4  # c, two; (, so, so, )
+
+
 def test_failures_and_cancels_are_events_and_end_the_log() -> None:
     def failing(text: str, params: SamplingParams) -> str:
         raise bo.ContextOverflow("too long")
