@@ -137,7 +137,7 @@ def test_a_rewind_is_one_and_no_fork() -> None:
     first, thought = rewinds
     assert (first.branch, first.children, first.length) == (y.branch, [z.branch], x.length)
     assert t.branch == last.branch
-    assert (thought.branch, thought.length) == (t.branch, t.length - 3)
+    assert (thought.branch, thought.length) == (t.branch, (t.length or 0) - 3)
     assert list(thought.children) == [z.branch], "it goes on where it was before the thought"
     assert sum(event.kind == "fork" for event in events) == 2, "the checkpoint's, and the thought's own branch"
     assert state.usage.rewound_tokens == 2 + 4  # c, two; (, so, so, )
