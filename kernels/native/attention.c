@@ -16,6 +16,10 @@
 
 #define CHUNK 128
 #define MAX_DIM 256
+#define LINE_BYTES 64
+
+/* How many positions before they are read keys and values are asked for. */
+#define AHEAD 64
 
 typedef struct {
     const void *q; /* (num_tokens, num_heads, dim) */
@@ -73,31 +77,82 @@ INLINE vec load_kv(const void *base, ptrdiff_t at, float scale, const int kind) 
     return kind == KV_BYTES ? load_bytes(base, at) * scale : load(base, at, kind == KV_BF16);
 }
 
-/* Read the first `count` positions of a chunk; what lies beyond them in the last block becomes zero, unread. */
-INLINE void read_tile(Tile *tile, const Args *args, const int32_t *pages, int first, int count, int head,
+/* A block of keys by channel: lane i of (*into)[c * CHUNK] is channel c of the key at[i], zero from `valid` keys on. */
+INLINE void turn(float *into, const Args *args, const ptrdiff_t *at, int valid, vec scales, const int kind) {
+    vec m[LANES];
+    for (int i = 0; i < LANES; i++) m[i] = i < valid ? load_kv(args->k, at[i], scales[i], kind) : (vec){};
+    transpose(m);
+    for (int i = 0; i < LANES; i++) *(vec *)&into[i * CHUNK] = m[i];
+}
+
+/* The same for LANES * n channels, n of them in 32 bits: what is exchanged are words, and a word is parted after it. */
+INLINE void turn_words(float *into, const Args *args, const ptrdiff_t *at, int valid, vec scales, const int kind) {
+    const int n = kind == KV_BYTES ? 4 : 2, width = (int)sizeof(float) / n;
+    vec m[LANES];
+    for (int i = 0; i < LANES; i++)
+        m[i] = i < valid ? (vec) * (const vec_u *)((const char *)args->k + at[i] * width) : (vec){};
+    transpose(m);
+    for (int i = 0; i < LANES; i++)
+        for (int c = 0; c < n; c++) {
+            const ivec word = (ivec)m[i];
+            vec channel;
+            if (kind == KV_BYTES)
+                channel = __builtin_convertvector((word << (24 - 8 * c)) >> 24, vec) * scales;
+            else
+                channel = (vec)(c ? word & (int32_t)0xffff0000 : word << 16);
+            *(vec *)&into[(i * n + c) * CHUNK] = channel;
+        }
+}
+
+INLINE ptrdiff_t slot_of(const Args *args, const int32_t *pages, int position) {
+    return (ptrdiff_t)pages[position / args->page_size] * args->page_size + position % args->page_size;
+}
+
+/* Ask for the keys and values of a block early: one head's lie apart, and no hardware foresees where. */
+INLINE void prefetch(const Args *args, const int32_t *pages, int first, int end, int head, const int kind) {
+    const int row_bytes = args->dim * (kind == KV_BYTES ? 1 : kind == KV_BF16 ? 2 : 4);
+    for (int position = first; position < first + LANES && position < end; position++) {
+        const ptrdiff_t at = (slot_of(args, pages, position) * args->num_kv_heads + head) * row_bytes;
+        for (int line = 0; line < row_bytes; line += LINE_BYTES) {
+            __builtin_prefetch((const char *)args->k + at + line, 0, 2);
+            __builtin_prefetch((const char *)args->v + at + line, 0, 2);
+        }
+    }
+}
+
+/* Read the first `count` positions of a chunk; what lies beyond them in the last block becomes zero, unread. end: of
+ * the unit, up to which what follows is asked for. */
+INLINE void read_tile(Tile *tile, const Args *args, const int32_t *pages, int first, int count, int end, int head,
                       const int kind) {
-    const int dim = args->dim, page_size = args->page_size;
-    const ptrdiff_t slot_len = (ptrdiff_t)args->num_kv_heads * dim;
+    const int dim = args->dim;
+    const int word_channels = LANES * (kind == KV_BYTES ? 4 : kind == KV_BF16 ? 2 : 1);
     for (int begin = 0; begin < count; begin += LANES) {
         const int valid = count - begin < LANES ? count - begin : LANES;
+        prefetch(args, pages, first + begin + AHEAD, end, head, kind);
         ptrdiff_t at[LANES];
-        float k_scales[LANES], v_scales[LANES];
+        vec k_scales = {}, v_scales = {};
         for (int i = 0; i < valid; i++) {
-            const int position = first + begin + i;
-            const ptrdiff_t slot = (ptrdiff_t)pages[position / page_size] * page_size + position % page_size;
-            at[i] = slot * slot_len + (ptrdiff_t)head * dim;
-            k_scales[i] = kind == KV_BYTES ? args->k_scales[slot * args->num_kv_heads + head] : 1.0f;
-            v_scales[i] = kind == KV_BYTES ? args->v_scales[slot * args->num_kv_heads + head] : 1.0f;
+            const ptrdiff_t row = slot_of(args, pages, first + begin + i) * args->num_kv_heads + head;
+            at[i] = row * dim;
+            if (kind == KV_BYTES) {
+                k_scales[i] = args->k_scales[row];
+                v_scales[i] = args->v_scales[row];
+            }
         }
-        for (int d = 0; d < dim; d += LANES) {
-            vec m[LANES];
-            for (int i = 0; i < LANES; i++) m[i] = i < valid ? load_kv(args->k, at[i] + d, k_scales[i], kind) : (vec){};
-            transpose(m);
-            for (int i = 0; i < LANES; i++) *(vec *)&tile->keys[(d + i) * CHUNK + begin] = m[i];
-            for (int i = 0; i < LANES; i++)
-                *(vec *)&tile->values[(begin + i) * dim + d] =
-                    i < valid ? load_kv(args->v, at[i] + d, v_scales[i], kind) : (vec){};
+        int d = 0;
+        ptrdiff_t from[LANES];
+        for (; kind != KV_FLOAT && d + word_channels <= dim; d += word_channels) {
+            for (int i = 0; i < valid; i++) from[i] = at[i] + d;
+            turn_words(&tile->keys[d * CHUNK + begin], args, from, valid, k_scales, kind);
         }
+        for (; d < dim; d += LANES) {
+            for (int i = 0; i < valid; i++) from[i] = at[i] + d;
+            turn(&tile->keys[d * CHUNK + begin], args, from, valid, k_scales, kind);
+        }
+        for (int i = 0; i < LANES; i++)
+            for (int e = 0; e < dim; e += LANES)
+                *(vec *)&tile->values[(begin + i) * dim + e] =
+                    i < valid ? load_kv(args->v, at[i] + e, v_scales[i], kind) : (vec){};
     }
 }
 
@@ -240,9 +295,11 @@ INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const i
         const int position = args->positions[args->rows[i]];
         last = position > last ? position : last;
     }
+    const int32_t *pages = args->pages + unit[PAGES_AT];
+    const int end = last + 1 < unit[CHUNK_END] * CHUNK ? last + 1 : unit[CHUNK_END] * CHUNK;
     for (int chunk = unit[CHUNK_BEGIN]; chunk < unit[CHUNK_END]; chunk++) {
         const int left = last + 1 - chunk * CHUNK;
-        read_tile(&tile, args, args->pages + unit[PAGES_AT], chunk * CHUNK, left < CHUNK ? left : CHUNK, head, kind);
+        read_tile(&tile, args, pages, chunk * CHUNK, left < CHUNK ? left : CHUNK, end, head, kind);
         run_chunk(args, unit, &tile, &rows, chunk, head, is_bf16);
     }
     if (unit[IS_LAST]) finish(args, unit, head, is_bf16);

@@ -54,42 +54,72 @@ WIDE INLINE void store_some(void *out, ptrdiff_t at, __m512 x, int count, const 
     memcpy((char *)out + (size_t)at * width, whole, (size_t)count * width);
 }
 
-/* Some rows times one panel. Every element is 32 bits of neighbours. */
-WIDE INLINE void run_tile(const Layer *l, int row, int panel, const int rows, const int kind, const int is_bf16) {
-    const int steps = l->in_size / (kind == LINEAR_BYTES ? 4 : 2);
-    const char *x = kind == LINEAR_BYTES ? (const char *)l->units : (const char *)l->x;
-    const char *weight = (const char *)l->weight + (ptrdiff_t)panel * steps * PANEL * 4;
-    __m512 sums[TILE][VECS];
+/* 32 bits of neighbours of a row, in all lanes. */
+WIDE INLINE __m512i neighbours(const char *x, ptrdiff_t at) {
+    int32_t some;
+    memcpy(&some, x + at * 4, 4);
+    return _mm512_set1_epi32(some);
+}
+
+WIDE INLINE void multiply_bf16(const char *x, const char *weight, int steps, __m512 out[TILE][VECS], const int rows) {
+    __m512 sums[TILE][VECS]; /* in registers: what follows a product reads memory */
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_setzero_ps();
+    for (int t = 0; t < steps; t++) {
+        __m512bh right[VECS];
+        for (int j = 0; j < VECS; j++)
+            right[j] = (__m512bh)_mm512_loadu_si512(weight + ((ptrdiff_t)t * PANEL + j * LANES) * 4);
+        for (int r = 0; r < rows; r++) {
+            const __m512bh left = (__m512bh)neighbours(x, (ptrdiff_t)r * steps + t);
+            for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], left, right[j]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < VECS; j++) out[r][j] = sums[r][j];
+}
+
+WIDE INLINE void multiply_bytes(const char *x, const char *weight, int steps, __m512i out[TILE][VECS],
+                                const int rows) {
+    __m512i sums[TILE][VECS]; /* in registers: what follows a product reads memory */
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_setzero_si512();
     for (int t = 0; t < steps; t++) {
         __m512i right[VECS];
         for (int j = 0; j < VECS; j++)
             right[j] = _mm512_loadu_si512(weight + ((ptrdiff_t)t * PANEL + j * LANES) * 4);
         for (int r = 0; r < rows; r++) {
-            int32_t neighbours;
-            memcpy(&neighbours, x + ((ptrdiff_t)(row + r) * steps + t) * 4, 4);
-            const __m512i left = _mm512_set1_epi32(neighbours);
-            for (int j = 0; j < VECS; j++)
-                sums[r][j] =
-                    kind == LINEAR_BYTES
-                        ? (__m512)_mm512_dpbusd_epi32((__m512i)sums[r][j], left, right[j])
-                        : _mm512_dpbf16_ps(sums[r][j], (__m512bh)left, (__m512bh)right[j]);
+            const __m512i left = neighbours(x, (ptrdiff_t)r * steps + t);
+            for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], left, right[j]);
         }
     }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < VECS; j++) out[r][j] = sums[r][j];
+}
+
+/* Some rows times one panel. */
+WIDE INLINE void run_tile(const Layer *l, int row, int panel, const int rows, const int kind, const int is_bf16) {
+    const int is_bytes = kind == LINEAR_BYTES, steps = l->in_size / (is_bytes ? 4 : 2);
+    const char *x = (is_bytes ? (const char *)l->units : (const char *)l->x) + (ptrdiff_t)row * steps * 4;
+    const char *weight = (const char *)l->weight + (ptrdiff_t)panel * steps * PANEL * 4;
+    __m512 sums[TILE][VECS];
+    __m512i whole[TILE][VECS];
+    if (is_bytes)
+        multiply_bytes(x, weight, steps, whole, rows);
+    else
+        multiply_bf16(x, weight, steps, sums, rows);
     for (int j = 0; j < VECS; j++) {
         const int at = panel * PANEL + j * LANES;
         if (at >= l->out_size) break;
         for (int r = 0; r < rows; r++) {
-            __m512 sum = sums[r][j];
-            if (kind == LINEAR_BYTES) {
-                const __m512i whole = _mm512_sub_epi32((__m512i)sum, _mm512_loadu_si512(l->offset + at));
-                const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_loadu_ps(l->scales + at));
+            __m512 sum;
+            if (is_bytes) {
+                const __m512i centred = _mm512_sub_epi32(whole[r][j], _mm512_loadu_si512(l->offset + at));
+                const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_loadu_ps(l->scales + at));
                 const __m512 scale = _mm512_set1_ps(l->row_scales[row + r]);
                 sum = l->bias ? _mm512_fmadd_ps(scaled, scale, _mm512_loadu_ps(l->bias + at))
                               : _mm512_mul_ps(scaled, scale);
-            } else if (l->bias)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps(l->bias + at));
+            } else
+                sum = l->bias ? _mm512_add_ps(sums[r][j], _mm512_loadu_ps(l->bias + at)) : sums[r][j];
             store_some(l->out, (ptrdiff_t)(row + r) * l->out_size + at, sum, l->out_size - at, is_bf16);
         }
     }
