@@ -1,7 +1,7 @@
 """`InFlight`: the work that runs: from operations to the scheduler's sequences, and from a step's outcomes back.
 
 step = scheduler.plan()            which tokens of which sequences
-pipeline.launch(step)              the only slow part, on a device beside the rest
+results = pipeline.take()          the only slow part, on a device beside the rest
 outcomes = scheduler.commit(...)   advance, publish
 settle                             text, stops, deltas; what is complete, what failed
 
@@ -95,7 +95,7 @@ class InFlight:
         Returns whether something ran, and what ended.
         """
         try:
-            self._launch()
+            self._pipeline.fill(self._scheduler)
         except Exception as error:
             self._heal("a plan could not be made")
             # Once may be broken bookkeeping, which is mended now; twice running, it is the work itself.
@@ -118,18 +118,6 @@ class InFlight:
         for outcome in outcomes:
             ended.extend(self._settle(outcome))
         return True, ended
-
-    def _launch(self) -> None:
-        """Plan and launch a step if none is in flight; where steps overlap, one more. Raises what planning raises."""
-        if not self._pipeline:
-            step = self._scheduler.plan()
-            if step is None:
-                return
-            self._pipeline.launch(step)
-        before = self._pipeline.open_end
-        ahead = self._scheduler.plan(before) if before is not None else None
-        if ahead is not None:
-            self._pipeline.launch(ahead)
 
     def check(self) -> None:
         """Look whether tree, pages and leases still agree; if not, start the cache anew. O(everything): when idle."""

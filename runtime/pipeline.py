@@ -15,7 +15,7 @@ from collections.abc import Sequence as Items
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from bough.runtime.batch import Batch, RowResult
-from bough.runtime.scheduler import Step
+from bough.runtime.scheduler import Scheduler, Step
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +75,17 @@ class Pipeline(Generic[S]):
     def __len__(self) -> int:
         return len(self._flying)
 
-    @property
-    def open_end(self) -> Step | None:
-        """The step launched last, if it is still computed and another may be launched behind it."""
-        if not self._flying or isinstance(self._flying[-1][1], _Done):
-            return None
-        return self._flying[-1][0]
+    def fill(self, scheduler: Scheduler) -> None:
+        """Plan and launch a step if none is in flight; where steps overlap, one more. Raises what planning raises."""
+        if not self._flying:
+            self._launch(scheduler.plan())
+        if len(self._flying) == 1 and not isinstance(self._flying[0][1], _Done):
+            self._launch(scheduler.plan(ahead_of=self._flying[0][0]))
 
-    def launch(self, step: Step) -> None:
+    def _launch(self, step: Step | None) -> None:
         """Have a step computed. Raises nothing: what goes wrong is the step's result."""
-        self._flying.append((step, self._launched(step.batch)))
+        if step is not None:
+            self._flying.append((step, self._launched(step.batch)))
 
     def _launched(self, batch: Batch) -> S | _Done:
         try:

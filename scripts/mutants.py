@@ -185,6 +185,70 @@ MUTANTS = (
         "if budget <= 0 or len(self.running) >= self._max_running:",
         "if budget <= 0 or len(self.running) > self._max_running:",
     ),
+    # ------------------------------------------------------------------------------------------ overlap
+    Mutant(
+        "the row of a sequence that left counts",
+        "sequence.py",
+        "if not self._flying or self._flying[0] is not row:",
+        "if not self._flying:",
+    ),
+    Mutant(
+        "who ended waits for rows in flight",
+        SCHEDULER,
+        "        sequence.lease = None\n        sequence.forget_rows(sequence.num_computed)\n",
+        "        sequence.lease = None\n",
+    ),
+    Mutant(
+        "who is paused takes what is in flight",
+        SCHEDULER,
+        "        sequence.is_paused = True\n        sequence.forget_rows(sequence.num_computed)\n",
+        "        sequence.is_paused = True\n",
+    ),
+    Mutant(
+        "a step is planned without the values it needs",
+        SCHEDULER,
+        "any(s.waits_for_values and not s.is_paused for s in self.running)",
+        "False",
+    ),
+    Mutant(
+        "a row is planned beyond the last token",
+        "sequence.py",
+        "if self.num_due and len(self.tokens) + self.num_due >= self.most_len:",
+        "if False:",
+    ),
+    Mutant(
+        "pages are taken from others for a step planned ahead",
+        SCHEDULER,
+        "if ahead_of is not None and not sequence.is_paused and not self._has_slots(sequence):",
+        "if False:",
+    ),
+    Mutant(
+        "no slot is kept for a token in flight",
+        "sequence.py",
+        "len(self.tokens) + self.num_due if",
+        "len(self.tokens) if",
+    ),
+    Mutant(
+        "a pool is too small while pages are in limbo",
+        SCHEDULER,
+        " and not self.running and may_exhaust:",
+        " and not self.running:",
+    ),
+    Mutant(
+        "a token in flight does not count for min_tokens",
+        "sequence.py",
+        "len(generated) + self.num_due < self.params.min_tokens",
+        "len(generated) < self.params.min_tokens",
+    ),
+    Mutant("the cache is rebuilt while steps run", "inflight.py", "        self._pipeline.abandon()", "        pass"),
+    Mutant(
+        "a step is launched behind one that could not be",
+        "pipeline.py",
+        " and not isinstance(self._flying[0][1], _Done):",
+        ":",
+    ),
+    Mutant("the newest step is taken back first", "pipeline.py", "self._flying.popleft()", "self._flying.pop()"),
+    # ------------------------------------------------------------------------------------------ preemption
     Mutant("the oldest is preempted", SCHEDULER, "candidates[-1])", "candidates[0])"),
     Mutant(
         "a preempted sequence is planned all the same",

@@ -15,11 +15,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from fakes import LateRunner
 from tiny_models import random_ids, tiny_model
 
 from bough.kernels import native_attention
 from bough.kernels.units import CHUNK
 from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.lifecycle import PageState
+from bough.runtime.pipeline import Pipeline
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.runner import Runner, load_runner
 from bough.runtime.scheduler import Scheduler
@@ -47,10 +50,14 @@ def runner(mode: str) -> Runner:
 
 
 class Machine:
-    """A runtime without its wire: a fresh cache over the one model."""
+    """A runtime without its wire: a fresh cache over the one model. overlap: see `FakeStep`."""
 
-    def __init__(self, dtype: str, *, budget: int = 256, speculator: Speculator | None = None) -> None:
+    def __init__(
+        self, dtype: str, *, budget: int = 256, speculator: Speculator | None = None, overlap: bool = False
+    ) -> None:
         self.runner = runner(dtype)
+        self.late = LateRunner(self.runner.execute)
+        self.pipeline = Pipeline(self.runner, self.late if overlap else None)
         self.runner.pool.poison(range(NUM_PAGES))
         self.cache = PrefixCache(NUM_PAGES, PAGE_SIZE)
         self.scheduler = Scheduler(self.cache, token_budget=budget, max_running=16, speculator=speculator)
@@ -67,24 +74,32 @@ class Machine:
         return sequence
 
     def step(self) -> None:
-        free = set(np.flatnonzero(self.cache.allocator.holders() == 0).tolist())
-        step = self.scheduler.plan()
-        if step is None:
+        free = self._free()
+        self.pipeline.fill(self.scheduler)
+        if not self.pipeline:
             return
-        for outcome in self.scheduler.commit(step, self.runner.execute(step.batch)):
+        step, results = self.pipeline.take()
+        if isinstance(results, Exception):
+            raise results
+        for outcome in self.scheduler.commit(step, results):
             sequence, result = outcome.sequence, outcome.result
             if result.token is not None:
                 self.draws[sequence] += [(r.token, (r.logprob, r.entropy, r.top)) for r in (result, *result.further)]
                 assert sequence.params is not None
                 if len(sequence.generated) == sequence.params.max_tokens:
                     self.scheduler.finish(sequence)
-        freed = set(np.flatnonzero(self.cache.allocator.holders() == 0).tolist()) - free
+        freed = self._free() - free
         if freed:
             self.runner.pool.poison(sorted(freed))
 
+    def _free(self) -> set[int]:
+        allocator = self.cache.allocator
+        unheld = np.flatnonzero(allocator.holders() == 0).tolist()
+        return {page for page in unheld if allocator.state(page) is PageState.FREE}
+
     def run(self, between: Callable[[int], None] = lambda step: None) -> None:
         step = 0
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.pipeline:
             self.step()
             between(step)
             step += 1
@@ -218,6 +233,29 @@ def test_reopened_in_a_new_runtime_equals_never_interrupted(dtype: str, kept: in
     machine.run()
     assert reopened.cached_tokens == 0
     assert machine.draws[reopened] == first[kept:]
+
+
+@pytest.mark.parametrize("budget", [7, 256])
+def test_overlapped_equals_one_after_another(dtype: str, budget: int) -> None:
+    """Sequences that come, end and are preempted while the next step is launched already."""
+    machine = Machine(dtype, overlap=True, budget=budget)
+    for i in range(5):
+        machine.submit(random_ids(5 + 9 * i, seed=20 + i), seed=i, num_tokens=6 + 2 * i)
+    ours = machine.submit(PROMPT)
+
+    def disturb(step: int) -> None:
+        if step % 7 == 6 and ours in machine.scheduler.running:
+            machine.scheduler.preempt(ours)
+        if step == 12:
+            machine.submit(PROMPT[:30], seed=9, num_tokens=4)
+
+    machine.run(disturb)
+    assert ours.num_preemptions > 0
+    assert machine.late.num_ahead > machine.late.num_launched / 2
+    assert machine.draws[ours] == cold(dtype)
+    machine.scheduler.check_invariants()
+    machine.cache.flush()
+    assert machine.cache.allocator.num_free == NUM_PAGES
 
 
 class Prophet(Speculator):

@@ -64,7 +64,9 @@ R = TypeVar("R", bound=Reply)
 class Client:
     """A session with an engine in the same thread: send, run to the end, read replies."""
 
-    def __init__(self, *, context_len: int = 500, pages: int = 64, session: str = "one", **config: Any) -> None:
+    def __init__(
+        self, *, context_len: int = 500, pages: int = 64, session: str = "one", overlap: bool = False, **config: Any
+    ) -> None:
         self.config = RuntimeConfig(**config)
         self.clock = FakeClock()
         self.runner = FakeRunner(pages, 4, vocab_size=TOKENIZER.vocab_size, context_len=context_len)
@@ -84,7 +86,9 @@ class Client:
             seed=1,
             credit=self.config.credit,
         )
-        in_flight = InFlight(self.scheduler, self.runner, credit=self.config.credit, clock=self.clock)
+        launcher = self.runner if overlap else None
+        credit = self.config.credit
+        in_flight = InFlight(self.scheduler, self.runner, launcher=launcher, credit=credit, clock=self.clock)
         self.engine = Engine(self.config, self.scheduler, in_flight, composer, epoch=1, clock=self.clock)
         self.session = Session(b"id", session, "test", 0.0)
         self.replies: dict[int | None, list[Reply]] = {}
@@ -137,6 +141,11 @@ class Client:
 @pytest.fixture
 def client() -> Client:
     return Client()
+
+
+@pytest.fixture(params=[False, True], ids=["one step at a time", "steps that overlap"])
+def either(request: pytest.FixtureRequest) -> Client:
+    return Client(overlap=request.param)
 
 
 def test_a_pipelined_program_runs_in_order_without_waiting_for_a_reply(client: Client) -> None:
@@ -330,13 +339,13 @@ def test_a_stream_without_credit_stands_still_and_goes_on_with_more() -> None:
     assert client.last(gen, Generated).usage.completion_tokens == 10
 
 
-def test_usage_tells_cached_from_computed_and_the_second_time_all_but_one_is_cached(client: Client) -> None:
+def test_usage_tells_cached_from_computed_and_the_second_time_all_but_one_is_cached(either: Client) -> None:
     usages = []
     for branch in (1, 2):
-        client.branch(branch, Text("A prompt of some length, the same both times."))
-        gen = client.generate(branch)
-        client.run()
-        usages.append(client.last(gen, Generated).usage)
+        either.branch(branch, Text("A prompt of some length, the same both times."))
+        gen = either.generate(branch)
+        either.run()
+        usages.append(either.last(gen, Generated).usage)
     assert usages[0].cached_tokens == 0
     assert usages[1].computed_tokens == 1
     assert all(u.prompt_tokens == u.cached_tokens + u.computed_tokens for u in usages)
@@ -604,19 +613,19 @@ def test_a_client_that_goes_takes_all_it_held_with_it(client: Client) -> None:
 
 
 def test_a_step_that_raises_fails_its_operations_and_the_loop_goes_on(
-    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    either: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client.branch(1, Text("a b c"))
-    gen = client.generate(1)
+    either.branch(1, Text("a b c"))
+    gen = either.generate(1)
     with monkeypatch.context() as patch:
-        patch.setattr(client.runner, "execute", lambda batch: 1 / 0)
-        client.engine.step()
-    assert client.last(gen, Failed).kind == "internal"
+        patch.setattr(either.runner, "execute", lambda batch: 1 / 0)
+        either.engine.step()
+    assert either.last(gen, Failed).kind == "internal"
     assert "a step failed" in caplog.text
-    client.branch(2, Text("a b c"))
-    again = client.generate(2)
-    client.run()
-    client.last(again, Generated)
+    either.branch(2, Text("a b c"))
+    again = either.generate(2)
+    either.run()
+    either.last(again, Generated)
 
 
 def test_a_stop_pattern_that_takes_too_long_fails_its_operation_only(client: Client) -> None:
@@ -782,33 +791,33 @@ def test_broken_bookkeeping_is_counted_and_healed_and_no_answer_changes(
 
 
 def test_a_plan_that_raises_heals_the_cache_instead_of_ending_the_loop(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    either: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.branch(1, Text("Some text."))
-    gen = client.generate(1, max_tokens=12)
-    client.engine.step()
-    client.engine.step()
+    either.branch(1, Text("Some text."))
+    gen = either.generate(1, max_tokens=12)
+    either.engine.step()
+    either.engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(client.scheduler.cache, "reserve", lambda *args: 1 / 0)
-        client.engine.step()
-    client.run()
-    assert client.engine.stats()["rebuilds"] == 1
-    assert client.last(gen, Generated).usage.completion_tokens == 12
+        patch.setattr(either.scheduler.cache, "reserve", lambda *args: 1 / 0)
+        either.engine.step()
+    either.run()
+    assert either.engine.stats()["rebuilds"] == 1
+    assert either.last(gen, Generated).usage.completion_tokens == 12
 
 
 def test_a_commit_that_raises_costs_the_operations_of_its_step_only(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    either: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.branch(1, Text("Some text."))
-    gen = client.generate(1, max_tokens=12)
+    either.branch(1, Text("Some text."))
+    gen = either.generate(1, max_tokens=12)
     with monkeypatch.context() as patch:
-        patch.setattr(client.scheduler.cache, "publish", lambda *args: 1 / 0)
-        client.engine.step()
-    assert client.last(gen, Failed).kind == "internal"
-    client.branch(2, Text("Some text."))
-    other = client.generate(2)
-    client.run()
-    client.last(other, Generated)
+        patch.setattr(either.scheduler.cache, "publish", lambda *args: 1 / 0)
+        either.engine.step()
+    assert either.last(gen, Failed).kind == "internal"
+    either.branch(2, Text("Some text."))
+    other = either.generate(2)
+    either.run()
+    either.last(other, Generated)
 
 
 def test_a_select_that_is_preempted_between_chunks_of_a_choice_scores_each_token_once() -> None:
@@ -829,17 +838,17 @@ def test_a_select_that_is_preempted_between_chunks_of_a_choice_scores_each_token
 
 
 def test_a_plan_that_raises_every_time_ends_its_operations_rather_than_retry_for_ever(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    either: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.branch(1, Text("Some text."))
-    gen = client.generate(1, max_tokens=12)
+    either.branch(1, Text("Some text."))
+    gen = either.generate(1, max_tokens=12)
     with monkeypatch.context() as patch:
-        patch.setattr(client.scheduler, "_admit", lambda *args: 1 / 0)
-        client.engine.step()
-        client.engine.step()
-    assert client.last(gen, Failed).kind == "internal"
-    assert client.engine.num_unfinished == 0
-    client.branch(2, Text("Some text."))
-    other = client.generate(2)
-    client.run()
-    client.last(other, Generated)
+        patch.setattr(either.scheduler, "_admit", lambda *args: 1 / 0)
+        either.engine.step()
+        either.engine.step()
+    assert either.last(gen, Failed).kind == "internal"
+    assert either.engine.num_unfinished == 0
+    either.branch(2, Text("Some text."))
+    other = either.generate(2)
+    either.run()
+    either.last(other, Generated)

@@ -79,3 +79,19 @@ def test_a_page_released_while_a_step_is_in_flight_is_free_only_when_that_step_h
     allocator.retire_step()
     assert [allocator.state(page) for page in pages] == [PageState.FREE] * 2
     assert allocator.allocate(2) is not None
+
+
+def test_of_two_steps_in_flight_the_newer_one_frees_what_was_released_last() -> None:
+    allocator = PageAllocator(3)
+    first, second, third = allocator.allocate(3) or []
+    allocator.begin_step()
+    allocator.release([first])
+    allocator.begin_step()
+    allocator.release([second])
+    allocator.check()
+    free = []
+    for _ in range(3):
+        allocator.retire_step()
+        allocator.check()
+        free.append([allocator.state(page) is PageState.FREE for page in (first, second, third)])
+    assert free == [[True, False, False], [True, True, False], [True, True, False]]

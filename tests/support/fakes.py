@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -34,22 +34,54 @@ def allowed_ids(request: SampleRequest, vocab_size: int) -> list[int]:
     return allowed
 
 
-class FakeRunner:
+class LateLaunches:
+    """Lets steps overlap on what can only execute them; see `FakeStep`.
+
+    num_launched: steps; num_ahead: those launched while another was in flight; pending: those in flight.
+    """
+
+    def __init__(self) -> None:
+        self.num_launched = 0
+        self.num_ahead = 0
+        self.pending: list[FakeStep] = []
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        raise NotImplementedError
+
+    def launch(self, batch: Batch, previous: FakeStep | None) -> FakeStep:
+        """The seam for steps that overlap, as a device keeps it."""
+        self.num_launched += 1
+        self.num_ahead += previous is not None
+        step = FakeStep(self, batch, previous)
+        self.pending.append(step)
+        return step
+
+
+class LateRunner(LateLaunches):
+    """A runner of a real model whose steps overlap."""
+
+    def __init__(self, execute: Callable[[Batch], list[RowResult]]) -> None:
+        super().__init__()
+        self._execute = execute
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        return self._execute(batch)
+
+
+class FakeRunner(LateLaunches):
     """Executes batches on fake pages that hold token ids, so that a wrong page shows up as wrong content at once.
 
     A row's context is read back from the pages it names; `prompts_computed` counts tokens written.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, vocab_size: int = 100, context_len: int = 10_000) -> None:
+        super().__init__()
         self.num_pages = num_pages
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.context_len = context_len
         self.kv = np.full((num_pages, page_size), FREED, dtype=np.int64)
         self.num_computed = 0
-        self.num_launched = 0
-        self.num_ahead = 0  # launched while another was in flight
-        self.pending: list[FakeStep] = []
         self.batches: list[Batch] = []
 
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -61,14 +93,6 @@ class FakeRunner:
             self.kv.reshape(-1)[self._written(row)] = row.token_ids
             self.num_computed += len(row.token_ids)
         return [self._result(row) for row in batch.rows]
-
-    def launch(self, batch: Batch, previous: FakeStep | None) -> FakeStep:
-        """The seam for steps that overlap, as a device keeps it."""
-        self.num_launched += 1
-        self.num_ahead += previous is not None
-        step = FakeStep(self, batch, previous)
-        self.pending.append(step)
-        return step
 
     def _slots_of(self, row: Row) -> list[int]:
         """The slots of the pool behind each slot of a row."""
@@ -139,7 +163,7 @@ class FakeStep:
     So what the host does to pages between launch and result, and to the arrays of the batch, would show.
     """
 
-    def __init__(self, runner: FakeRunner, batch: Batch, previous: FakeStep | None) -> None:
+    def __init__(self, runner: LateLaunches, batch: Batch, previous: FakeStep | None) -> None:
         self._runner = runner
         self.batch = Batch(tuple(map(_frozen, batch.rows)), batch.copies)
         self._previous = previous
