@@ -196,6 +196,22 @@ def test_a_draft_takes_no_page_from_anyone() -> None:
     assert bench.scheduler.counters.preemptions == 0
 
 
+@pytest.mark.parametrize("has_pages", [True, False])
+def test_a_draft_takes_pages_that_are_free_and_evicts_nothing(has_pages: bool) -> None:
+    bench = Bench(page_size=2, budget=64, speculate=True)
+    prompt = [1, 2, 3, 4, 5]
+    bench.generate(prompt, 12)
+    bench.run()
+    bench.generate(prompt, 12)
+    bench.step()
+    if not has_pages:
+        bench.cache.allocator.allocate(bench.cache.allocator.num_free)
+    step = bench.scheduler.plan()
+    assert step is not None
+    assert [row.draft > 0 for row in step.batch.rows] == [has_pages]
+    assert bench.cache.num_evictions == 0, "what is cached is worth more than a guess"
+
+
 def test_a_second_identical_prompt_computes_only_its_last_token() -> None:
     bench = Bench()
     prompt = [1, 2, 3, 4, 5, 6, 7]
