@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,7 @@ def _timed_us(work: Callable[[], object], device: torch.device) -> float:
         return (time.perf_counter() - begin) * 1e6
     cuda: Any = torch.cuda
     begin_event, end_event = (cuda.Event(enable_timing=True) for _ in range(2))
-    cuda._sleep(1_000_000)  # the host runs ahead: launches are not part of the time
+    cuda._sleep(4_000_000)  # some 2 ms, in which the host runs ahead: launches are not part of the time
     begin_event.record()
     work()
     end_event.record()
@@ -71,7 +72,9 @@ def _timed_us(work: Callable[[], object], device: torch.device) -> float:
 
 
 def some(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the same normal numbers every time."""
+    """Return the same normal numbers every time; many of them are made where they are wanted."""
+    if device.type == "cuda" and math.prod(shape) > 1 << 22:
+        return torch.randn(shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
@@ -223,7 +226,7 @@ def _attention_errors(
             if split is not None and small:
                 continue
             kernels = choose_kernels(
-                num_heads, num_kv_heads, dim, kv.k.dtype, arch, num_sms, exact_split=split, **limits
+                num_heads, num_kv_heads, dim, kv.k.dtype, arch, num_sms, exact_split=split, dtype=dtype, **limits
             )  # fmt: skip
             buffers, launches = prepared(layout, kernels, num_heads, dim, device)
             buffers.part_out.fill_(torch.nan)

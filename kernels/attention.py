@@ -76,11 +76,13 @@ def choose_attention(
     *,
     share: bool = True,
     exact_split: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Attention:
     """Return the attention for a model's shapes; by default the fastest that works here.
 
     "triton" is that of CUDA devices, and of the CPU where Triton interprets its kernels (TRITON_INTERPRET=1).
-    exact_split: as in `cuda_attention.choose_kernels`, for "triton". Raises RuntimeError on a device without kernels,
+    exact_split: as in `cuda_attention.choose_kernels`, for "triton". dtype: of the queries; kv_dtype: of the keys on a
+    GPU, None for the same. Raises RuntimeError on a device without kernels,
     ValueError if the implementation asked for does not work here.
     """
     if device.type not in ("cpu", "cuda"):
@@ -89,7 +91,8 @@ def choose_attention(
     if device.type == "cuda" or implementation == "triton":
         if implementation not in (None, "triton"):
             raise ValueError(f"{implementation} attention is the CPU's, the device is {device.type!r}")
-        kernels = _kernels(num_heads, num_kv_heads, head_dim, dtype, device, exact_split, share=share)
+        dtypes = (dtype, dtype if kv_dtype is None else kv_dtype)
+        kernels = _kernels(num_heads, num_kv_heads, head_dim, dtypes, device, exact_split, share=share)
         return Attention(num_heads, num_kv_heads, head_dim, "triton", share, kernels)
     works = implementation != "torch" and native_attention.works(num_heads, num_kv_heads, head_dim, dtype)
     if implementation == "native" and not works:
@@ -101,13 +104,16 @@ def _kernels(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device,
     exact_split: int | None,
     *,
     share: bool,
 ) -> Kernels:
-    """Return the Triton kernels of a device; on the CPU, interpreted, those of a small imagined GPU."""
+    """Return the Triton kernels of a device, for queries and keys of `dtypes`.
+
+    On the CPU, interpreted, those of a small imagined GPU.
+    """
     arch, num_sms = (9, 0), 2
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -116,7 +122,8 @@ def _kernels(
         raise ValueError("triton attention needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)")
     from bough.kernels.cuda_attention import choose_kernels
 
-    return choose_kernels(num_heads, num_kv_heads, head_dim, dtype, arch, num_sms, exact_split=exact_split, share=share)
+    heads, (dtype, kv_dtype) = (num_heads, num_kv_heads, head_dim), dtypes
+    return choose_kernels(*heads, kv_dtype, arch, num_sms, exact_split=exact_split, share=share, dtype=dtype)
 
 
 def paged_attention(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> torch.Tensor:

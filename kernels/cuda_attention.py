@@ -56,8 +56,11 @@ def choose_kernels(
     soft_cap: float | None = None,
     max_extend_tokens: int = 16,
     share: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Kernels:
     """Return the kernels of a model whose KV pages hold `kv_dtype`, on `num_sms` multiprocessors of an architecture.
+
+    dtype: of the queries, where keys are quantised; products of float32 take smaller tiles whatever the keys are.
 
     exact_split: None, or the chunk of positions whose partial sums are merged, 256 or 512 say: then a token's bits
     do not depend on the batch, the tree, or how its prompt was cut. max_extend_tokens: prefills of at most so many new
@@ -70,7 +73,7 @@ def choose_kernels(
         raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
     if kv_dtype == torch.float8_e4m3fn and arch < (8, 9):
         raise ValueError(f"float8_e4m3fn KV needs compute capability 8.9, the device has {arch[0]}.{arch[1]}")
-    element_bytes = kv_dtype.itemsize
+    element_bytes = 4 if dtype == torch.float32 else kv_dtype.itemsize
     narrow, wide = (decode_config(head_dim, element_bytes, arch, wide=wide) for wide in (False, True))
     options = Options(
         num_kv_heads=num_kv_heads,

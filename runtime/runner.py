@@ -194,6 +194,7 @@ def attention_of(
     *,
     share: bool = True,
     exact_split: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Attention:
     """Return the attention of a model; arguments as in `choose_attention`. Raises RequestError("invalid_request")."""
     try:
@@ -206,6 +207,7 @@ def attention_of(
             implementation,
             share=share,
             exact_split=exact_split,
+            kv_dtype=kv_dtype,
         )
     except ValueError as error:
         raise RequestError("invalid_request", str(error), field="attention", value=implementation) from None

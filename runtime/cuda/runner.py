@@ -187,7 +187,9 @@ def load_cuda_runner(
         )  # of this thread: Triton, graphs and events take the current device, not a tensor's
         check_kv_dtype(kv_dtype, torch.cuda.get_device_capability(device))
     split = _EXACT_SPLIT if exact else None
-    attention = attention_of(config, kv_dtype, device, "triton", share=share_prefixes, exact_split=split)
+    attention = attention_of(
+        config, dtype, device, "triton", share=share_prefixes, exact_split=split, kv_dtype=kv_dtype
+    )
     if num_pages is None:
         tokens = pool_tokens(
             config,

@@ -123,6 +123,7 @@ def test_a_dry_run_finds_every_kernel_right_and_serves_a_fork_from_the_cache(tmp
     assert {row["question"] for row in sections["questions"]["rows"]} == {
         "stages, and pages looked up in the loop",
         "programs",
+        "costs",
     }
     (served,) = sections["serving"]["rows"]
     assert (served["generated"], served["cached"]) == (4, 32), "two branches of two tokens, one prefix of 32"

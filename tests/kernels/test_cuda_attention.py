@@ -62,6 +62,15 @@ def test_a_captured_graph_serves_plans_that_need_no_more_than_it_launches() -> N
     assert not prefill.cover(decode)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_float32_queries_take_the_tiles_of_float32_whatever_the_keys_are(kv_dtype: torch.dtype) -> None:
+    """With the tiles of 1-byte keys they spilled 7 KB per thread, with these 0.3: no tensor cores, all in registers."""
+    plain = choose_kernels(8, 2, 128, torch.float32, (9, 0), 132)
+    quantised = choose_kernels(8, 2, 128, kv_dtype, (9, 0), 132, dtype=torch.float32)
+    assert (quantised.narrow, quantised.wide, quantised.prefill) == (plain.narrow, plain.wide, plain.prefill)
+    assert choose_kernels(8, 2, 128, kv_dtype, (9, 0), 132, dtype=torch.bfloat16).narrow != plain.narrow
+
+
 def test_an_empty_step_needs_nothing() -> None:
     kernels = choose_kernels(8, 2, 64, torch.bfloat16, (9, 0), 132)
     plan = plan_step(layout([], []), kernels)
