@@ -226,7 +226,14 @@ class Composer:
             assert matcher is not None, "the engine waits for a grammar before it starts what needs it"
             budget = min(request.params.max_tokens, room)
             ignores_eos = request.params.ignore_eos
-            return GrammarConstraint(request.grammar, matcher, vocabulary, budget, ignore_eos=ignores_eos)
+            return GrammarConstraint(
+                request.grammar,
+                matcher,
+                vocabulary,
+                budget,
+                ignore_eos=ignores_eos,
+                find_way=lambda: self.grammars.way_to_end(key),
+            )
         return PrefixConstraint(vocabulary, taken) if taken else None
 
     def follow_choice(self, branch: Branch, choice_ids: list[int]) -> None:

@@ -6,6 +6,9 @@ usually ends things (quotes, brackets, separators); where every choice leads to 
 one taken least. When nothing new has come for a while (dots and letters before the @ of an address), something new is
 preferred. Forced tokens are taken at once. For JSON this goes straight to the end. The end of free text does not show
 in the choices before its last character ("</think>" after anything): for it the grammar's own literals are tried.
+
+A search may take 100 ms, and it runs between two steps. So where a way was known some tokens ago it is tried first:
+what was drawn since mostly left it where it was (more of a string) or went along it, and it ends the text from there.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from bough.runtime.grammar.vocabulary import Vocabulary
 
 _MOST_TRIED: Final = 6000  # tokens tried in all; about 100 ms
 _FIRST_TRIED: Final = 24
+_REJOINED: Final = 48  # tokens of a known way that may have been passed
 _STALLED: Final = 12
 # In this order, where many tokens are allowed; then other single bytes, then some of the longest tokens.
 _ENDING: Final = {bytes((byte,)): rank for rank, byte in enumerate(b"\"}]),;:'\n 01.eatfn-[{(")}
@@ -37,10 +41,12 @@ class _Trail:
     stalled: int = 0
 
 
-def closing_path(start: llguidance.LLMatcher, vocabulary: Vocabulary, literals: Sequence[str] = ()) -> list[int] | None:
+def closing_path(
+    start: llguidance.LLMatcher, vocabulary: Vocabulary, literals: Sequence[str] = (), known: Sequence[int] = ()
+) -> list[int] | None:
     """Return tokens after which `start` accepts, few of them; None if none were found. `start` is not changed.
 
-    literals: texts of the grammar that may end free text.
+    literals: texts of the grammar that may end free text. known: the way from a state shortly before.
     """
     spelled = [vocabulary.tokenizer.encode(literal, at_start=False) for literal in literals]
     matcher = start.deep_copy()
@@ -50,6 +56,9 @@ def closing_path(start: llguidance.LLMatcher, vocabulary: Vocabulary, literals: 
     while num_tried < _MOST_TRIED:
         if matcher.is_accepting():
             return path
+        rest = _rejoined(matcher, known)
+        if rest is not None:
+            return [*path, *rest]
         forced = matcher.compute_ff_tokens()
         if forced:
             if not matcher.consume_tokens(forced):
@@ -64,6 +73,16 @@ def closing_path(start: llguidance.LLMatcher, vocabulary: Vocabulary, literals: 
         num_tried += tried
         trail.taken[tokens[0]] += 1
         path += tokens
+    return None
+
+
+def _rejoined(matcher: llguidance.LLMatcher, known: Sequence[int]) -> Sequence[int] | None:
+    """Return the end of a known way that ends the text from here, the longest; None if none does."""
+    for passed in range(min(_REJOINED, len(known))):
+        rest = known[passed:]
+        following = matcher.deep_copy()
+        if following.try_consume_tokens(list(rest)) == len(rest) and following.is_accepting():
+            return rest
     return None
 
 

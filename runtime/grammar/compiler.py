@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import llguidance
 
+from bough.runtime.grammar.closing import closing_path
 from bough.runtime.grammar.limits import Limits, for_llguidance
-from bough.runtime.grammar.source import llguidance_text, too_complex, translated
+from bough.runtime.grammar.source import literals_of, llguidance_text, too_complex, translated
 from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.protocol import Grammar, RequestError
 
@@ -63,6 +64,7 @@ class GrammarCompiler:
         self._is_deferred = is_deferred
         self._most = most
         self._known: OrderedDict[GrammarKey, llguidance.LLMatcher | RequestError] = OrderedDict()
+        self._ways: dict[GrammarKey, list[int] | None] = {}
         self._pending: set[GrammarKey] = set()
         self._finished: deque[tuple[GrammarKey, llguidance.LLMatcher | RequestError]] = deque()
         self._threads: ThreadPoolExecutor | None = None
@@ -82,6 +84,15 @@ class GrammarCompiler:
         if isinstance(found, RequestError):
             raise RequestError(found.kind, found.message, **found.details)
         return found
+
+    def way_to_end(self, key: GrammarKey) -> list[int] | None:
+        """Return tokens after which a grammar that `find` knows is whole, None if none are found; searched for once."""
+        if key not in self._ways:
+            matcher = self.find(key)
+            assert matcher is not None, "it was found before"
+            grammar = Grammar(kind=key.kind, source=key.source)  # type: ignore[arg-type]
+            self._ways[key] = closing_path(matcher, self.vocabulary, literals_of(grammar))
+        return self._ways[key]
 
     def take_finished(self) -> list[GrammarKey]:
         """Return the grammars that were compiled, or refused, since the last call; `find` knows them now."""
@@ -162,4 +173,5 @@ class GrammarCompiler:
         self._known[key] = result
         self._known.move_to_end(key)
         if len(self._known) > self._most:
-            self._known.popitem(last=False)
+            dropped, _ = self._known.popitem(last=False)
+            self._ways.pop(dropped, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import llguidance
 import numpy as np
@@ -18,12 +19,19 @@ class GrammarConstraint:
     """A grammar's matcher along the tokens of one generation.
 
     start: a matcher before the first token, which is not changed. budget: most tokens that may be appended; what
-    grammar.on_limit says of it is kept here. is_closed: it was ended for the budget's sake. begin and advance raise
-    RequestError where the grammar cannot go on.
+    grammar.on_limit says of it is kept here. is_closed: it was ended for the budget's sake. find_way: returns the way
+    from `start` to an end, if somebody keeps it. begin and advance raise RequestError where the grammar cannot go on.
     """
 
     def __init__(
-        self, grammar: Grammar, start: llguidance.LLMatcher, vocabulary: Vocabulary, budget: int, *, ignore_eos: bool
+        self,
+        grammar: Grammar,
+        start: llguidance.LLMatcher,
+        vocabulary: Vocabulary,
+        budget: int,
+        *,
+        ignore_eos: bool,
+        find_way: Callable[[], list[int] | None] | None = None,
     ) -> None:
         self.grammar = grammar
         self.is_ended = False
@@ -37,6 +45,8 @@ class GrammarConstraint:
         self._never = vocabulary.eos_ids if ignore_eos else ()
         self._queued: deque[int] = deque()  # forced, but to be drawn one by one
         self._look_at = budget  # how much is left when the way to the end is looked for next
+        self._find_way = find_way
+        self._way: list[int] = []  # to the end, from where it was looked for last
 
     @property
     def matcher(self) -> llguidance.LLMatcher:
@@ -62,7 +72,7 @@ class GrammarConstraint:
 
     def begin(self) -> list[int]:
         if self.grammar.on_limit == "close":
-            path = self._closing(self._matcher)
+            path = self._closing(self._matcher) if self._find_way is None else self._find_way()
             if path is None:
                 raise self._failure("no way to close its text was found: use on_limit='truncate'")
             if len(path) > self._left:
@@ -72,6 +82,7 @@ class GrammarConstraint:
                     field="max_tokens",
                     limit=len(path),
                 )
+            self._way = path
         return self._follow([])
 
     def advance(self, token: int) -> list[int]:
@@ -123,15 +134,20 @@ class GrammarConstraint:
         ahead = self._matcher.deep_copy()
         if not ahead.consume_token(token):
             return None
-        path = self._closing(ahead)
-        if path is not None and len(path) + 1 <= self._left:
-            self._look_at = self._left - max((self._left - len(path)) // 2, 1)
-            return None
-        path = self._closing(self._matcher)
-        return path if path is not None and len(path) <= self._left else None
+        path = self._way_within(ahead, self._left - 1)
+        if path is None:
+            return self._way_within(self._matcher, self._left)
+        self._way = path
+        self._look_at = self._left - max((self._left - len(path)) // 2, 1)
+        return None
 
-    def _closing(self, matcher: llguidance.LLMatcher) -> list[int] | None:
-        return closing_path(matcher, self._vocabulary, literals_of(self.grammar))
+    def _way_within(self, matcher: llguidance.LLMatcher, most: int) -> list[int] | None:
+        """Return a way to the end of at most so many tokens; the known one is not searched again for a shorter."""
+        path = self._closing(matcher, self._way)
+        return path if path is not None and len(path) <= most else None
+
+    def _closing(self, matcher: llguidance.LLMatcher, known: Sequence[int] = ()) -> list[int] | None:
+        return closing_path(matcher, self._vocabulary, literals_of(self.grammar), known)
 
     # ------------------------------------------------------------------------------------------ the end
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from processes import wait_until
 from bough import lark_source
 from bough.grammars import rx, until
 from bough.runtime.batch import SampleRequest
+from bough.runtime.grammar import closing
 from bough.runtime.grammar.closing import closing_path
 from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.healing import PrefixConstraint
@@ -200,6 +202,51 @@ def test_the_way_to_the_end_ends_in_a_whole_text(kind: str, source: str, whole: 
     assert path is not None
     assert len(path) <= 40
     assert re.fullmatch(whole, TOKENIZER.decode(path, at_start=False))
+
+
+def test_a_way_that_is_known_is_gone_on_with_instead_of_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    names = [f"f{i}" for i in range(20)]
+    schema = {"type": "object", "properties": dict.fromkeys(names, items), "required": names}
+    compiler, key = GrammarCompiler(VOCABULARY), GrammarKey("json_schema", json.dumps(schema), "")
+    matcher = compiler.find(key)
+    assert matcher is not None
+    searches: list[object] = []
+    choice = closing._choice
+
+    def counted(*given: Any) -> Any:
+        searches.append(given)
+        return choice(*given)
+
+    monkeypatch.setattr(closing, "_choice", counted)
+    way = compiler.way_to_end(key)
+    assert way is not None
+    num_first = len(searches)
+    assert num_first > 20
+    assert compiler.way_to_end(key) == way
+    ahead = matcher.deep_copy()
+    ahead.consume_tokens(TOKENIZER.encode('{"f0": {"a": "something', at_start=False))
+    found = closing_path(ahead, VOCABULARY, (), way)
+    assert found is not None
+    assert len(searches) == num_first, "neither was searched for"
+    assert ahead.try_consume_tokens(found) == len(found)
+    assert ahead.is_accepting()
+
+
+def test_a_way_is_searched_for_only_to_where_it_meets_the_known_one() -> None:
+    source = (
+        '{"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}'
+    )
+    matcher = GrammarCompiler(VOCABULARY).find(GrammarKey("json_schema", source, ""))
+    assert matcher is not None
+    ahead = matcher.deep_copy()
+    ahead.consume_tokens(TOKENIZER.encode("[", at_start=False))
+    known = closing_path(ahead, VOCABULARY)
+    assert known == TOKENIZER.encode("]", at_start=False)
+    ahead.consume_tokens(TOKENIZER.encode('{"a', at_start=False))  # what was drawn leads away from it
+    found = closing_path(ahead, VOCABULARY, (), known)
+    assert found is not None
+    assert re.fullmatch(r'": ?"[^"]*"}]', TOKENIZER.decode(found, at_start=False))
 
 
 def test_a_budget_that_ends_within_free_text_closes_it_by_its_literal() -> None:
