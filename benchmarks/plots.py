@@ -100,8 +100,24 @@ def _speed(rows: Sequence[Row]) -> Any:
     axes.minorticks_off()
     axes.set_ylabel("time of the same work, bough = 1")
     axes.set_title("How many times longer than bough (green line; above it bough is faster)", fontsize=11)
-    axes.legend(fontsize=8, ncols=3)
+    _legend(figure, axes)
     return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Put the legend above the picture, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=9, frameon=False)
+
+
+def _logarithmic(axes: Any) -> None:
+    """Make the values' axis logarithmic, its ticks plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _near(axes: Any, tick: float) -> bool:
@@ -125,9 +141,9 @@ def _latency(rows: Sequence[Row]) -> Any:
     )
     for axes, (key, label) in zip(panels, panel_of, strict=True):
         _bars(axes, rows, lambda row, key=key: _median(row, key), lambda row, key=key: _ends(row["figures"][key]))
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylabel(label)
-    panels[0].legend(fontsize=8, ncols=3)
+    _legend(figure, panels[0])
     panels[0].set_title("Latency: less is better", fontsize=11)
     return figure
 
@@ -152,7 +168,7 @@ def _hits(rows: Sequence[Row]) -> Any:
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("cached share of prompt tokens")
     axes.set_title("Hit rate from a cold cache", fontsize=11)
-    axes.legend(fontsize=8, loc="lower right")
+    _legend(figure, axes)
     return figure
 
 
@@ -165,7 +181,7 @@ def _memory(rows: Sequence[Row]) -> Any:
     _bars(axes, known, lambda row: _median(row, "peak_mb"))
     axes.set_ylabel("peak resident memory, MB")
     axes.set_title("Memory of the serving process, libraries included: less is better", fontsize=11)
-    axes.legend(fontsize=8, ncols=3, loc="lower right")
+    _legend(figure, axes)
     return figure
 
 
@@ -191,7 +207,7 @@ def _sweep(rows: Sequence[Row]) -> Any:
         axes.set_xticks(range(len(widths)), widths)
         axes.set_yticks(range(len(prefixes)), [f"{prefix:,}" for prefix in prefixes])
         axes.set_xlabel("branches of the fork")
-        axes.set_title(f"{system}, times bough's time", fontsize=11)
+        axes.set_title(f"{system}: times as long as bough", fontsize=11)
     figure.axes[0].set_ylabel("tokens of the shared prefix")
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -85,11 +86,14 @@ def summary_of(runs: Mapping[str, Sequence[Row]], folder: Path) -> str:
     """Return what the front page shows: goals, a line per workload, and how ratios go with the model's size."""
     found, about = runs[MAIN], runs[MAIN][0]["environment"]
     day = f"{about['date'][:10]}, commit {about['commit']}"
-    parts = [
+    intro = (
         f"A 30M-parameter Llama shape (8 layers, hidden 512, random weights, bfloat16) on {about['cores']} cores "
         f"({about['cpu']}): the same weights, token ids and counts for all, greedy, every run from a cold cache, "
         f"medians of interleaved repetitions (least and most in brackets); {day}. Every figure, pictures and the "
-        "method: [benchmarks/README.md](benchmarks/README.md).",
+        "method: [benchmarks/README.md](benchmarks/README.md)."
+    )
+    parts = [
+        textwrap.fill(intro, 120, break_on_hyphens=False),
         goals.markdown(goals.goals(found, documents(folder)), parts=False),
         "How many times longer than bough each takes for the same work (below 1: bough is slower):",
         compact(found),
