@@ -15,7 +15,7 @@ from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
 from bough.runtime.trie import TokenTrie
-from bough.runtime.vector import common_prefix
+from bough.runtime.vector import IntArray, common_prefix
 
 
 class Bench:
@@ -210,6 +210,23 @@ def test_a_draft_takes_pages_that_are_free_and_evicts_nothing(has_pages: bool) -
     assert step is not None
     assert [row.draft > 0 for row in step.batch.rows] == [has_pages]
     assert bench.cache.num_evictions == 0, "what is cached is worth more than a guess"
+
+
+class Liar(Speculator):
+    """Drafts what is never drawn."""
+
+    def draft(self, namespace: object, tokens: IntArray, cached: IntArray, count: int) -> IntArray:
+        return np.full(count, 100, dtype=np.int32)
+
+
+def test_a_draft_that_does_not_come_true_leaves_no_token_and_no_page() -> None:
+    bench = Bench(page_size=1, budget=64)
+    bench.scheduler = Scheduler(bench.cache, token_budget=64, max_running=4, speculator=Liar(10_000))
+    sequence = bench.generate([1, 2, 3], 20)
+    bench.run()  # every step looks at the pages of the row
+    assert sequence.generated.tolist() == expected([1, 2, 3], 20)
+    assert bench.scheduler.counters.drafted_tokens > 4
+    assert bench.scheduler.counters.accepted_tokens == 0
 
 
 def test_a_second_identical_prompt_computes_only_its_last_token() -> None:
