@@ -208,7 +208,8 @@ def serving(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Ro
     """Serve prompts, scheduler and cache included but no wire; and the same by `transformers` continuous batching.
 
     Both have random weights of the same shape, the same prompts and the same number of tokens, greedy. A first run
-    warms up; the second is the figure. bough begins both with an empty cache.
+    warms up; the second is the figure. bough begins each with an empty cache, and serves with steps that overlap, as
+    it comes, and one after another.
     """
     workloads = _TINY_WORKLOADS if device.type == "cpu" else _WORKLOADS
     most = max(width * -(-(prefix + own + new) // PAGE_SIZE) for _, width, prefix, own, new in workloads)
@@ -221,12 +222,13 @@ def serving(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Ro
     seconds = 0.0
     for name, prompts, num_tokens in made:
         runner = shape.runner()
-        for _ in range(2):
-            begin = time.perf_counter()
-            found = serve(runner, prompts, num_tokens)
-            seconds = time.perf_counter() - begin
-        speed = found["generated"] / seconds
-        yield {"workload": name, "system": "bough", "seconds": seconds, "tokens_per_s": speed, **found}
+        for system, overlap in (("bough", True), ("bough --no-overlap", False)):
+            for _ in range(2):
+                begin = time.perf_counter()
+                found = serve(runner, prompts, num_tokens, overlap=overlap)
+                seconds = time.perf_counter() - begin
+            speed = found["generated"] / seconds
+            yield {"workload": name, "system": system, "seconds": seconds, "tokens_per_s": speed, **found}
     del runner
     for name, prompts, num_tokens in made if with_peers else ():
         if clock.is_out:
@@ -239,9 +241,10 @@ def serving(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Ro
             return
 
 
-def serve(runner: Any, prompts: Sequence[Any], num_tokens: int) -> Row:
+def serve(runner: Any, prompts: Sequence[Any], num_tokens: int, *, overlap: bool) -> Row:
     """Complete all prompts by `num_tokens` each; return what the scheduler counted."""
     from bough.runtime.cache.prefix_cache import PrefixCache
+    from bough.runtime.pipeline import Pipeline
     from bough.runtime.protocol import SamplingParams
     from bough.runtime.scheduler import Scheduler
     from bough.runtime.sequence import Sequence as Running
@@ -250,10 +253,16 @@ def serve(runner: Any, prompts: Sequence[Any], num_tokens: int) -> Row:
     params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     for prompt in prompts:
         scheduler.submit(Running(prompt, params=params))
-    while (step := scheduler.plan()) is not None:
-        for outcome in scheduler.commit(step, runner.execute(step.batch)):
+    pipeline = Pipeline(runner, runner if overlap else None)
+    pipeline.fill(scheduler)
+    while pipeline:
+        step, results = pipeline.take()
+        if isinstance(results, Exception):
+            raise results
+        for outcome in scheduler.commit(step, results):
             if len(outcome.sequence.generated) == num_tokens:
                 scheduler.finish(outcome.sequence)
+        pipeline.fill(scheduler)
     counters = scheduler.counters
     assert counters.generated_tokens == len(prompts) * num_tokens, "a sequence was left unfinished"
     return {
