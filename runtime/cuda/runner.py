@@ -182,9 +182,8 @@ def load_cuda_runner(
 ) -> CudaRunner:
     """Return the runner of a checkpoint on a GPU; arguments and errors as `runner.load_runner`'s."""
     if device.type == "cuda":
-        torch.cuda.set_device(
-            device
-        )  # of this thread: Triton, graphs and events take the current device, not a tensor's
+        # Of this thread: Triton, graphs and events take the current device, not that of a tensor.
+        torch.cuda.set_device(device)
         check_kv_dtype(kv_dtype, torch.cuda.get_device_capability(device))
     split = _EXACT_SPLIT if exact else None
     attention = attention_of(
