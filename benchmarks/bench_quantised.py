@@ -4,6 +4,11 @@ On `pocket` the texts are chats of its own held-out tasks, on the 30M shape (ran
 taken after every token of a text that all kinds are given alike: the root mean square of the logits' difference from
 the unquantised runner in the same dtype over the logits' standard deviation, and the share of positions where the
 greedy token is the same. Times are those of a decode step of 32 sequences of 512 tokens, and of a prefill of 512.
+
+What to expect where the processor has AVX512_VNNI (Zen 4, the linears alone, one thread): int8 weights take 0.5 to 0.7
+of bfloat16's time at 1, 8, 32 and 512 rows, from the 30M shape on. Elsewhere PyTorch quantises activations in several
+calls, and there is nothing to gain below a hidden size of 1,024. int8 KV saves time where attention reads memory: 0.6
+of bfloat16's attention at 32 sequences of 4,096; within a cache it costs a tenth more.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ runtime, flushed between, other text in each repetition. On the client's clock, 
 token. The bound is what a runtime would get if only the 64 tokens cost anything, cold time * 64 / 1,088.
 
 Zero hits: the same random prompts on two runtimes, radix cache on and off, prefilled and decoded for a while; the ratio
-of their times is within noise when the cache costs nothing. bench_cache.py has the bookkeeping alone, in microseconds.
+of their times is within noise when the cache costs nothing. So the cache's calls (match, lease, insert, evict, release)
+are timed one by one, too, in a full pool of this process: their share of such a run's time, which the noise of the rest
+hardly touches. bench_cache.py has the bookkeeping alone, in microseconds.
 
     python benchmarks/bench_ttft.py [--quick] [--reps N] [--save]
 """
@@ -20,6 +22,7 @@ from itertools import count
 from typing import Final
 
 import harness
+from bookkeeping import Bookkeeping
 from calls import Run
 from drivers import Bough
 from harness import Summary, ratio, short
@@ -47,11 +50,13 @@ def main() -> None:
             stack.callback(systems[name].runtime.shutdown)
         first_token, row = _first_token(systems["on"].runtime, prefix, reps)
         zero_hits, rows = _zero_hits(systems, reps, options.quick)
+    shares = _shares(Bookkeeping(model), reps, options.quick)
     tables = [
         harness.table(("first token, ms", "cold", "cached", "cold / cached", "bound"), [row]),
         harness.table(("no hits", "cache off, s", "cache on, s", "on / off"), rows),
+        harness.table(("no hits, in a full pool", "the cache's calls, % of the time"), shares.items()),
     ]
-    results = {"first_token": first_token, "zero_hits": zero_hits}
+    results = {"first_token": first_token, "zero_hits": zero_hits, "bookkeeping_percent": shares}
     harness.report("bench_ttft", options, environment, results, tables)
 
 
@@ -96,6 +101,17 @@ def _ask(runtime: Runtime, text: str) -> tuple[float, Usage]:
     taken = (time.perf_counter() - begin) * 1e3
     runtime.release([branch])
     return taken, usage
+
+
+def _shares(bookkeeping: Bookkeeping, reps: int, quick: bool) -> dict[str, Summary]:
+    """Return the percentage of the time that the cache's calls take, by shape."""
+    shapes = [(8, 512, 16), (32, 128, 64)] if not quick else [(8, 512, 8), (16, 64, 16)]
+    return {
+        f"{prompts} × {prompt} → {answer}": Summary.of(  # noqa: RUF001
+            100 * share for share in [bookkeeping.run(prompts, prompt, answer) for _ in range(reps + 2)][2:]
+        )
+        for prompts, prompt, answer in shapes
+    }
 
 
 def _zero_hits(
