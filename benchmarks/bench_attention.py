@@ -32,7 +32,7 @@ from bough.runtime.runner import Runner, load_runner
 HEADS: Final = (8, 4, 64)
 PAGE: Final = 16
 OWN: Final = 64
-POINTS: Final = ((16, 1024), (16, 4096), (32, 1024), (64, 4096))
+POINTS: Final = ((2, 128), (4, 256), (2, 1024), (16, 512), (16, 1024), (16, 4096), (32, 1024), (64, 4096))
 
 
 def main() -> None:
