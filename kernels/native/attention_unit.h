@@ -1,0 +1,62 @@
+/* How a unit of work is walked, whatever the arithmetic. Include it where Tile, Rows, read_tile, load_query, attend, weigh
+ * and gather are defined. */
+
+/* One unit's chunk: all its rows, a tile of them at a time. A row is a (query token, head of the group). */
+INLINE void run_chunk(const Args *args, const int32_t *unit, const Tile *tile, Rows *rows, int chunk, int head,
+                      const int is_bf16) {
+    const int dim = args->dim, group = args->num_heads / args->num_kv_heads, first = chunk * CHUNK;
+    const int num_rows = (unit[ROWS_END] - unit[ROWS_BEGIN]) * group;
+    for (int begin = 0; begin < num_rows; begin += ROW_TILE) {
+        const int here = num_rows - begin < ROW_TILE ? num_rows - begin : ROW_TILE;
+        ptrdiff_t at[ROW_TILE]; /* (token, head), flat */
+        int valid[ROW_TILE], count = 0;
+        for (int r = 0; r < here; r++) {
+            const int token = args->rows[unit[ROWS_BEGIN] + (begin + r) / group];
+            at[r] = (ptrdiff_t)token * args->num_heads + (ptrdiff_t)head * group + (begin + r) % group;
+            const int left = args->positions[token] + 1 - first;
+            valid[r] = left < CHUNK ? left : CHUNK;
+            count = valid[r] > count ? valid[r] : count;
+        }
+        if (count <= 0) continue;
+        for (int r = 0; r < here; r++) load_query(rows, r, args, at[r] * dim, is_bf16);
+        attend(rows, tile, args, count, here);
+        float largest[ROW_TILE], sum[ROW_TILE];
+        for (int r = 0; r < here; r++)
+            weigh(rows, r, valid[r] > 0 ? valid[r] : 0, count, &largest[r], &sum[r]);
+        gather(rows, tile, args, count, here);
+        const int is_first = unit[IS_FIRST] && chunk == unit[CHUNK_BEGIN];
+        for (int r = 0; r < here; r++)
+            if (valid[r] > 0)
+                fold(&args->acc[at[r] * dim], &args->stat[at[r] * 2], &rows->means[r * dim], largest[r], sum[r], dim,
+                     is_first);
+    }
+}
+
+INLINE void finish(const Args *args, const int32_t *unit, int head, const int is_bf16) {
+    const int dim = args->dim, group = args->num_heads / args->num_kv_heads;
+    for (int i = unit[ROWS_BEGIN]; i < unit[ROWS_END]; i++)
+        for (int g = 0; g < group; g++) {
+            const ptrdiff_t at = (ptrdiff_t)args->rows[i] * args->num_heads + (ptrdiff_t)head * group + g;
+            const float sum = args->stat[at * 2 + 1];
+            for (int d = 0; d < dim; d += LANES)
+                store(args->out, at * dim + d, (vec) * (const vec_u *)&args->acc[at * dim + d] / sum, is_bf16);
+        }
+}
+
+INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const int is_bf16, const int kind) {
+    Tile tile;
+    Rows rows;
+    int last = 0; /* position of the unit's last row */
+    for (int i = unit[ROWS_BEGIN]; i < unit[ROWS_END]; i++) {
+        const int position = args->positions[args->rows[i]];
+        last = position > last ? position : last;
+    }
+    const int32_t *pages = args->pages + unit[PAGES_AT];
+    const int end = last + 1 < unit[CHUNK_END] * CHUNK ? last + 1 : unit[CHUNK_END] * CHUNK;
+    for (int chunk = unit[CHUNK_BEGIN]; chunk < unit[CHUNK_END]; chunk++) {
+        const int left = last + 1 - chunk * CHUNK;
+        read_tile(&tile, args, pages, chunk * CHUNK, left < CHUNK ? left : CHUNK, end, head, kind);
+        run_chunk(args, unit, &tile, &rows, chunk, head, is_bf16);
+    }
+    if (unit[IS_LAST]) finish(args, unit, head, is_bf16);
+}
