@@ -7,7 +7,7 @@ nothing but arithmetic.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import numpy as np
@@ -17,6 +17,7 @@ from bough.kernels import cpu_attention, native_attention
 from bough.kernels.layout import PagedLayout
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import quantise
+from bough.kernels.unit_planner import UnitPlanner
 
 if TYPE_CHECKING:  # these import Triton, which a machine without a GPU need not have
     from bough.kernels.cuda_attention import DevicePlan, Kernels, StepPlan
@@ -33,7 +34,7 @@ class Attention:
 
     implementation: "native", compiled code in which a token's bits do not depend on whether it was prefilled or drawn,
     "torch", where they do, or "triton", a GPU's `kernels`. share: sequences read the KV they have in common together
-    (tree attention; not "torch").
+    (tree attention; not "torch"). unit_planner: remembers the last step, so an `Attention` is one runner's.
     """
 
     num_heads: int
@@ -42,6 +43,7 @@ class Attention:
     implementation: Implementation
     share: bool = True
     kernels: Kernels | None = None
+    unit_planner: UnitPlanner = field(default_factory=UnitPlanner, compare=False, repr=False)
 
     def plan(self, layout: PagedLayout) -> Plan:
         """Return what `paged_attention` needs of a step's layout; on a GPU still on the host, as a `StepPlan`."""
@@ -50,7 +52,8 @@ class Attention:
         assert (qo_lens <= layout.kv_lens).all(), "a sequence has more queries than tokens"
         heads = (self.num_heads, self.num_kv_heads)
         if self.implementation == "native":
-            return native_attention.make_plan(layout, *heads, self.head_dim, share=self.share)
+            units = self.unit_planner.plan(layout, share=self.share)
+            return native_attention.make_plan(layout, units, *heads, self.head_dim)
         if self.kernels is not None:
             from bough.kernels.cuda_attention import plan_step
 

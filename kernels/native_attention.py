@@ -64,9 +64,8 @@ def works(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) 
     return agrees
 
 
-def make_plan(layout: PagedLayout, num_heads: int, num_kv_heads: int, head_dim: int, *, share: bool = True) -> Plan:
-    """Return the plan of a step. share: read what sequences have in common once for all of them (tree attention)."""
-    units = plan_units(layout, share=share)
+def make_plan(layout: PagedLayout, units: Units, num_heads: int, num_kv_heads: int, head_dim: int) -> Plan:
+    """Return the plan of a step. units: those of the layout; they may be another plan's, too."""
     positions = layout.positions()
     arrays = tuple(
         np.ascontiguousarray(array, dtype=np.int32)
@@ -114,7 +113,7 @@ def _agrees(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     shape = (64, page_size, num_kv_heads, head_dim)
     k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     q = torch.randn(sum(num_new), num_heads, head_dim, generator=generator).to(dtype)
-    plan = make_plan(layout, num_heads, num_kv_heads, head_dim)
+    plan = make_plan(layout, plan_units(layout), num_heads, num_kv_heads, head_dim)
     qo_indptr, kv_indptr, kv_indices, lens = map(
         torch.from_numpy, (layout.qo_indptr, layout.kv_indptr, layout.kv_indices, layout.kv_lens)
     )

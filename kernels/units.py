@@ -51,14 +51,15 @@ def plan_units(layout: PagedLayout, *, share: bool = True) -> Units:
     """Return the units of a step. share: let sequences read the chunks they have in common together."""
     builder = _Builder(layout)
     seqs = np.arange(len(layout.kv_lens))
-    if share and len(seqs) > 1 and _can_share(layout.page_size):
+    if share and len(seqs) > 1 and can_share(layout.page_size):
         _share(builder, layout, seqs)
     else:
         builder.end(seqs, 0, 0)
     return builder.units()
 
 
-def _can_share(page_size: int) -> bool:
+def can_share(page_size: int) -> bool:
+    """Whether sequences in such pages can share chunks: each is whole pages, or lies in one."""
     return CHUNK % page_size == 0 or page_size % CHUNK == 0
 
 
