@@ -57,13 +57,14 @@ def build_inputs(
         page_size=page_size,
     )
     owner = np.repeat(np.arange(len(rows)), num_new)
-    slots = starts[owner] + np.arange(len(owner)) - layout.qo_indptr[owner]  # counted in the row's pages
+    slots = (starts - layout.qo_indptr[:-1])[owner] + np.arange(len(owner))  # counted in the row's pages
     positions = slots.copy()
     tries = [(i, row.trie) for i, row in enumerate(rows) if row.trie is not None]
     for i, trie in tries:
         nodes = slice(layout.qo_indptr[i + 1] - len(trie.slots), layout.qo_indptr[i + 1])
         slots[nodes], positions[nodes] = trie.slots, trie.context_len + trie.depths
-    page = layout.kv_indices[layout.kv_indptr[owner] + slots // page_size].astype(np.int64)
+    page, offset = np.divmod(slots, page_size)
+    page = layout.kv_indices[layout.kv_indptr[owner] + page].astype(np.int64)
     sample_rows = tuple(i for i, row in enumerate(rows) if row.sample is not None for _ in range(1 + row.draft))
     score_rows = tuple(i for i, row in enumerate(rows) if row.score_ids is not None and len(row.score_ids))
     wanted, score_hidden = _wanted(rows, layout.qo_indptr, score_rows)
@@ -72,7 +73,7 @@ def build_inputs(
     return StepInputs(
         token_ids=torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64)),
         positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(page * page_size + slots % page_size),
+        slots=torch.from_numpy(page * page_size + offset),
         end_position=int(positions.max()) + 1,
         attention=plan(_token_by_token(layout) if token_by_token else layout),
         wanted=torch.from_numpy(wanted),
@@ -192,7 +193,9 @@ def _wanted(
         ],
         dtype=np.int64,
     )
-    scored = [np.zeros(0, dtype=np.int64)]
+    if not score_rows:
+        return sampled, np.zeros(0, dtype=np.int64)
+    scored = []
     for i in score_rows:
         at = rows[i].score_at
         assert at is not None, "a row that scores says where"
