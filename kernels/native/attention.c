@@ -14,6 +14,8 @@
 
 #include "attention.h"
 
+#include <omp.h>
+
 /* Keys of one chunk by channel, its values by key, in float. */
 typedef struct {
     float keys[MAX_DIM * CHUNK] __attribute__((aligned(64)));   /* (dim, CHUNK) */
@@ -51,20 +53,18 @@ INLINE void turn_words(float *into, const Args *args, const ptrdiff_t *at, int v
         }
 }
 
-/* Read the first `count` positions of a chunk; what lies beyond them in the last block becomes zero, unread. end: of
- * the unit, up to which what follows is asked for. */
-INLINE void read_tile(Tile *tile, const Args *args, const int32_t *pages, int first, int count, int end, int head,
-                      const int kind) {
+/* Read the first `count` positions of a chunk; what lies beyond them in the last block becomes zero, unread. */
+INLINE void read_tile(Tile *tile, const Args *args, const Span *span, int first, int count, const int kind) {
     const int dim = args->dim;
     const int word_channels = LANES * (kind == KV_BYTES ? 4 : kind == KV_BF16 ? 2 : 1);
-    Place here = place_of(args, pages, first), ahead = place_of(args, pages, first + AHEAD);
+    Place here = place_of(args, span->pages, first);
     for (int begin = 0; begin < count; begin += LANES) {
         const int valid = count - begin < LANES ? count - begin : LANES;
-        prefetch(args, &ahead, end - first - begin - AHEAD, head, kind);
+        ask_ahead(args, span, first + begin, kind);
         ptrdiff_t at[LANES];
         vec k_scales = {}, v_scales = {};
         for (int i = 0; i < valid; i++) {
-            const ptrdiff_t row = next_slot(args, &here) * args->num_kv_heads + head;
+            const ptrdiff_t row = next_slot(args, &here) * args->num_kv_heads + span->head;
             at[i] = row * dim;
             if (kind == KV_BYTES) {
                 k_scales[i] = args->k_scales[row];
@@ -112,6 +112,9 @@ INLINE void product_of_rows(const float *a, int a_stride, const float *b, int b_
     for (; j < vecs; j++)
         product(a, a_stride, b + j * LANES, b_stride, out + j * LANES, out_stride, depth, rows, 1);
 }
+
+#define UNITS_PER_THREAD 4
+#define FEW_ROWS 8
 
 /* Up to ROW_TILE queries of one head group are computed at a time. */
 #define ROW_TILE 4
@@ -169,15 +172,27 @@ INLINE void weigh(Rows *rows, int r, int valid, int count, float *largest, float
 
 #include "attention_unit.h"
 
-CLONES static void run_unit(const Args *args, const int32_t *unit, int head) {
+CLONES static void run_unit(const Args *args, const int32_t *unit, int head, int end_head) {
     if (args->k_scales && args->is_bf16)
-        run_unit_as(args, unit, head, 1, KV_BYTES);
+        run_unit_as(args, unit, head, end_head, 1, KV_BYTES);
     else if (args->k_scales)
-        run_unit_as(args, unit, head, 0, KV_BYTES);
+        run_unit_as(args, unit, head, end_head, 0, KV_BYTES);
     else if (args->is_bf16)
-        run_unit_as(args, unit, head, 1, KV_BF16);
+        run_unit_as(args, unit, head, end_head, 1, KV_BF16);
     else
-        run_unit_as(args, unit, head, 0, KV_FLOAT);
+        run_unit_as(args, unit, head, end_head, 0, KV_FLOAT);
+}
+
+/* Whether units of a level are run with all their heads by one thread: what lies together is then read together. Where
+ * there are enough units for that, and their rows are too few to make up for the reading. */
+static int runs_whole(const Args *args, int begin, int end, int num_threads) {
+    const int group = args->num_heads / args->num_kv_heads;
+    if (end - begin < UNITS_PER_THREAD * num_threads) return 0;
+    for (int i = begin; i < end; i++) {
+        const int32_t *unit = &args->units[(ptrdiff_t)i * UNIT_FIELDS];
+        if ((unit[ROWS_END] - unit[ROWS_BEGIN]) * group > FEW_ROWS) return 0;
+    }
+    return 1;
 }
 
 /* Compute one layer. The caller has checked every argument. */
@@ -185,15 +200,17 @@ EXPORT void bough_attention(const Args *args) {
     const int in_pairs = args->is_bf16 && !args->k_scales && args->dim % (2 * LANES) == 0 && bough_has_pairs();
 #pragma omp parallel
     for (int level = 0; level < args->num_levels; level++) {
-        const int begin = args->levels[level], heads = args->num_kv_heads;
-        const int num_items = (args->levels[level + 1] - begin) * heads;
+        const int begin = args->levels[level], end = args->levels[level + 1];
+        const int parts = runs_whole(args, begin, end, omp_get_num_threads()) ? 1 : args->num_kv_heads;
+        const int heads = args->num_kv_heads / parts;
 #pragma omp for schedule(dynamic, 1)
-        for (int item = 0; item < num_items; item++) {
-            const int32_t *unit = &args->units[(ptrdiff_t)(begin + item / heads) * UNIT_FIELDS];
+        for (int item = 0; item < (end - begin) * parts; item++) {
+            const int32_t *unit = &args->units[(ptrdiff_t)(begin + item / parts) * UNIT_FIELDS];
+            const int head = item % parts * heads;
             if (in_pairs)
-                bough_run_pairs(args, unit, item % heads);
+                bough_run_pairs(args, unit, head, head + heads);
             else
-                run_unit(args, unit, item % heads);
+                run_unit(args, unit, head, head + heads);
         }
     }
 }

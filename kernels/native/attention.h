@@ -6,7 +6,6 @@
 
 #define CHUNK 128
 #define MAX_DIM 256
-#define LINE_BYTES 64
 
 /* How many positions before they are read keys and values are asked for. */
 #define AHEAD 64
@@ -37,9 +36,9 @@ enum { KV_FLOAT, KV_BF16, KV_BYTES };
 /* Fields of a unit. IS_FIRST: its rows have no state yet. IS_LAST: what is folded then is the result. */
 enum { PAGES_AT, CHUNK_BEGIN, CHUNK_END, ROWS_BEGIN, ROWS_END, IS_FIRST, IS_LAST, UNIT_FIELDS };
 
-/* Whether this processor multiplies pairs of bfloat16 (AVX512_BF16), and the unit that does; see attention_pairs.c. */
+/* Whether this processor multiplies pairs of bfloat16 (AVX512_BF16), and what runs a unit so; see attention_pairs.c. */
 int bough_has_pairs(void) HIDDEN;
-void bough_run_pairs(const Args *args, const int32_t *unit, int head) HIDDEN;
+void bough_run_pairs(const Args *args, const int32_t *unit, int head, int end_head) HIDDEN;
 
 /* Exchange rows and lanes of a square: after the step of width w, bit w of row and lane number have changed places. */
 INLINE void transpose(vec m[LANES]) {
@@ -80,16 +79,32 @@ INLINE ptrdiff_t next_slot(const Args *args, Place *place) {
     return slot;
 }
 
-/* Ask for the keys and values of a block early: one head's lie apart, and no hardware foresees where. */
-INLINE void prefetch(const Args *args, Place *place, int count, int head, const int kind) {
+/* What a unit reads of one head: positions [begin, end) of these pages. then_next: the next head's will be read next. */
+typedef struct {
+    const int32_t *pages;
+    int begin, end, head, then_next;
+} Span;
+
+INLINE void prefetch(const Args *args, const Span *span, int position, int count, int head, const int kind) {
     const int row_bytes = args->dim * (kind == KV_BYTES ? 1 : kind == KV_BF16 ? 2 : 4);
-    for (int i = 0; i < count && i < LANES; i++) {
-        const ptrdiff_t at = (next_slot(args, place) * args->num_kv_heads + head) * row_bytes;
+    Place place = place_of(args, span->pages, position);
+    for (int i = 0; i < count && position + i < span->end; i++) {
+        const ptrdiff_t at = (next_slot(args, &place) * args->num_kv_heads + head) * row_bytes;
         for (int line = 0; line < row_bytes; line += LINE_BYTES) {
             __builtin_prefetch((const char *)args->k + at + line, 0, 2);
             __builtin_prefetch((const char *)args->v + at + line, 0, 2);
         }
     }
+}
+
+/* Ask for what is read AHEAD positions after a block: one head's lie apart, and no hardware foresees where. */
+INLINE void ask_ahead(const Args *args, const Span *span, int position, const int kind) {
+    const int blocks = (span->end - span->begin + LANES - 1) / LANES;
+    const int ahead = position + AHEAD, beyond = ahead - (span->begin + blocks * LANES);
+    if (beyond < 0)
+        prefetch(args, span, ahead, LANES, span->head, kind);
+    else if (span->then_next)
+        prefetch(args, span, span->begin + beyond, LANES, span->head + 1, kind);
 }
 
 /* Fold a chunk into a row's state. */

@@ -52,16 +52,15 @@ INLINE void pair(uint32_t *into, const uint16_t *first, const uint16_t *second, 
     }
 }
 
-INLINE void read_tile(Tile *tile, const Args *args, const int32_t *pages, int first, int count, int end, int head,
-                      const int kind) {
+INLINE void read_tile(Tile *tile, const Args *args, const Span *span, int first, int count, const int kind) {
     const int dim = args->dim;
-    Place here = place_of(args, pages, first), ahead = place_of(args, pages, first + AHEAD);
+    Place here = place_of(args, span->pages, first);
     for (int begin = 0; begin < count; begin += LANES) {
         const int valid = count - begin < LANES ? count - begin : LANES;
-        prefetch(args, &ahead, end - first - begin - AHEAD, head, kind);
+        ask_ahead(args, span, first + begin, kind);
         const uint16_t *k[LANES], *v[LANES];
         for (int i = 0; i < LANES; i++) {
-            const ptrdiff_t at = i < valid ? (next_slot(args, &here) * args->num_kv_heads + head) * dim : -1;
+            const ptrdiff_t at = i < valid ? (next_slot(args, &here) * args->num_kv_heads + span->head) * dim : -1;
             k[i] = i < valid ? (const uint16_t *)args->k + at : NULL;
             v[i] = i < valid ? (const uint16_t *)args->v + at : NULL;
         }
@@ -121,7 +120,8 @@ INLINE void multiply(const uint16_t *a, int a_stride, const uint32_t *b, int b_s
 
 INLINE void load_query(Rows *rows, int r, const Args *args, ptrdiff_t at, const int is_bf16) {
     (void)is_bf16; /* always */
-    memcpy(&rows->q[r * args->dim], (const uint16_t *)args->q + at, (size_t)args->dim * sizeof(uint16_t));
+    for (int d = 0; d < args->dim; d += LANES)
+        *(half_u *)&rows->q[r * args->dim + d] = *(const half_u *)((const uint16_t *)args->q + at + d);
 }
 
 INLINE void attend(Rows *rows, const Tile *tile, const Args *args, int count, int num_rows) {
@@ -168,7 +168,9 @@ INLINE void weigh(Rows *rows, int r, int valid, int count, float *largest, float
 
 #include "attention_unit.h"
 
-void bough_run_pairs(const Args *args, const int32_t *unit, int head) { run_unit_as(args, unit, head, 1, KV_BF16); }
+void bough_run_pairs(const Args *args, const int32_t *unit, int head, int end_head) {
+    run_unit_as(args, unit, head, end_head, 1, KV_BF16);
+}
 
 #else
 
@@ -176,6 +178,8 @@ void bough_run_pairs(const Args *args, const int32_t *unit, int head) { run_unit
 
 int bough_has_pairs(void) { return 0; }
 
-void bough_run_pairs(const Args *args, const int32_t *unit, int head) { (void)args, (void)unit, (void)head; }
+void bough_run_pairs(const Args *args, const int32_t *unit, int head, int end_head) {
+    (void)args, (void)unit, (void)head, (void)end_head;
+}
 
 #endif

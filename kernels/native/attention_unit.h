@@ -43,7 +43,9 @@ INLINE void finish(const Args *args, const int32_t *unit, int head, const int is
         }
 }
 
-INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const int is_bf16, const int kind) {
+/* The heads [begin_head, end_head) of a unit, one after another. */
+INLINE void run_unit_as(const Args *args, const int32_t *unit, int begin_head, int end_head, const int is_bf16,
+                        const int kind) {
     Tile tile;
     Rows rows;
     int last = 0; /* position of the unit's last row */
@@ -51,12 +53,17 @@ INLINE void run_unit_as(const Args *args, const int32_t *unit, int head, const i
         const int position = args->positions[args->rows[i]];
         last = position > last ? position : last;
     }
-    const int32_t *pages = args->pages + unit[PAGES_AT];
-    const int end = last + 1 < unit[CHUNK_END] * CHUNK ? last + 1 : unit[CHUNK_END] * CHUNK;
-    for (int chunk = unit[CHUNK_BEGIN]; chunk < unit[CHUNK_END]; chunk++) {
-        const int left = last + 1 - chunk * CHUNK;
-        read_tile(&tile, args, pages, chunk * CHUNK, left < CHUNK ? left : CHUNK, end, head, kind);
-        run_chunk(args, unit, &tile, &rows, chunk, head, is_bf16);
+    const int begin = unit[CHUNK_BEGIN] * CHUNK, chunks_end = unit[CHUNK_END] * CHUNK;
+    Span span = {args->pages + unit[PAGES_AT], begin, last + 1 < chunks_end ? last + 1 : chunks_end, begin_head, 0};
+    prefetch(args, &span, begin, AHEAD, begin_head, kind);
+    for (int head = begin_head; head < end_head; head++) {
+        span.head = head;
+        span.then_next = head + 1 < end_head;
+        for (int chunk = unit[CHUNK_BEGIN]; chunk < unit[CHUNK_END]; chunk++) {
+            const int left = span.end - chunk * CHUNK;
+            read_tile(&tile, args, &span, chunk * CHUNK, left < CHUNK ? left : CHUNK, kind);
+            run_chunk(args, unit, &tile, &rows, chunk, head, is_bf16);
+        }
+        if (unit[IS_LAST]) finish(args, unit, head, is_bf16);
     }
-    if (unit[IS_LAST]) finish(args, unit, head, is_bf16);
 }

@@ -32,6 +32,7 @@ typedef struct {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 
 #include <immintrin.h>
+#include <omp.h>
 
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")))
 #define TILE 6
@@ -61,11 +62,24 @@ WIDE INLINE __m512i neighbours(const char *x, ptrdiff_t at) {
     return _mm512_set1_epi32(some);
 }
 
-WIDE INLINE void multiply_bf16(const char *x, const char *weight, int steps, __m512 out[TILE][VECS], const int rows) {
+/* What is asked for while a tile is computed: `lines` lines of memory a step, from `at` on. */
+typedef struct {
+    const char *at;
+    int lines;
+} Ahead;
+
+WIDE INLINE void ask(Ahead ahead, int t) {
+    for (int i = 0; i < ahead.lines; i++)
+        __builtin_prefetch(ahead.at + ((ptrdiff_t)t * ahead.lines + i) * LINE_BYTES, 0, 2);
+}
+
+WIDE INLINE void multiply_bf16(const char *x, const char *weight, int steps, __m512 out[TILE][VECS], Ahead ahead,
+                               const int rows) {
     __m512 sums[TILE][VECS]; /* in registers: what follows a product reads memory */
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_setzero_ps();
     for (int t = 0; t < steps; t++) {
+        ask(ahead, t);
         __m512bh right[VECS];
         for (int j = 0; j < VECS; j++)
             right[j] = (__m512bh)_mm512_loadu_si512(weight + ((ptrdiff_t)t * PANEL + j * LANES) * 4);
@@ -78,12 +92,13 @@ WIDE INLINE void multiply_bf16(const char *x, const char *weight, int steps, __m
         for (int j = 0; j < VECS; j++) out[r][j] = sums[r][j];
 }
 
-WIDE INLINE void multiply_bytes(const char *x, const char *weight, int steps, __m512i out[TILE][VECS],
+WIDE INLINE void multiply_bytes(const char *x, const char *weight, int steps, __m512i out[TILE][VECS], Ahead ahead,
                                 const int rows) {
     __m512i sums[TILE][VECS]; /* in registers: what follows a product reads memory */
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < VECS; j++) sums[r][j] = _mm512_setzero_si512();
     for (int t = 0; t < steps; t++) {
+        ask(ahead, t);
         __m512i right[VECS];
         for (int j = 0; j < VECS; j++)
             right[j] = _mm512_loadu_si512(weight + ((ptrdiff_t)t * PANEL + j * LANES) * 4);
@@ -97,16 +112,16 @@ WIDE INLINE void multiply_bytes(const char *x, const char *weight, int steps, __
 }
 
 /* Some rows times one panel. */
-WIDE INLINE void run_tile(const Layer *l, int row, int panel, const int rows, const int kind, const int is_bf16) {
+WIDE INLINE void run_tile(const Layer *l, int row, int panel, Ahead ahead, const int rows, const int kind, const int is_bf16) {
     const int is_bytes = kind == LINEAR_BYTES, steps = l->in_size / (is_bytes ? 4 : 2);
     const char *x = (is_bytes ? (const char *)l->units : (const char *)l->x) + (ptrdiff_t)row * steps * 4;
     const char *weight = (const char *)l->weight + (ptrdiff_t)panel * steps * PANEL * 4;
     __m512 sums[TILE][VECS];
     __m512i whole[TILE][VECS];
     if (is_bytes)
-        multiply_bytes(x, weight, steps, whole, rows);
+        multiply_bytes(x, weight, steps, whole, ahead, rows);
     else
-        multiply_bf16(x, weight, steps, sums, rows);
+        multiply_bf16(x, weight, steps, sums, ahead, rows);
     for (int j = 0; j < VECS; j++) {
         const int at = panel * PANEL + j * LANES;
         if (at >= l->out_size) break;
@@ -125,29 +140,37 @@ WIDE INLINE void run_tile(const Layer *l, int row, int panel, const int rows, co
     }
 }
 
-WIDE INLINE void run_rows(const Layer *l, int begin, int end, int panel, const int kind, const int is_bf16) {
+/* The lines of `next`, or none, are asked for during the first tiles, evenly: memory works while products are made. */
+WIDE INLINE void run_rows(const Layer *l, int begin, int end, int panel, const char *next, const int kind,
+                          const int is_bf16) {
     int tiles = (end - begin + TILE - 1) / TILE;
+    const int steps = l->in_size / (kind == LINEAR_BYTES ? 4 : 2), all = PANEL * 4 / LINE_BYTES; /* lines of a step */
+    int left = next ? all : 0;
+    Ahead now = {next, left / (tiles < 2 ? 1 : tiles < all ? 2 : all)};
     for (int row = begin; row < end; tiles--) {
         const int rows = (end - row) / tiles;
         switch (rows) {
-            case 1: run_tile(l, row, panel, 1, kind, is_bf16); break;
-            case 2: run_tile(l, row, panel, 2, kind, is_bf16); break;
-            case 3: run_tile(l, row, panel, 3, kind, is_bf16); break;
-            case 4: run_tile(l, row, panel, 4, kind, is_bf16); break;
-            case 5: run_tile(l, row, panel, 5, kind, is_bf16); break;
-            default: run_tile(l, row, panel, 6, kind, is_bf16);
+            case 1: run_tile(l, row, panel, now, 1, kind, is_bf16); break;
+            case 2: run_tile(l, row, panel, now, 2, kind, is_bf16); break;
+            case 3: run_tile(l, row, panel, now, 3, kind, is_bf16); break;
+            case 4: run_tile(l, row, panel, now, 4, kind, is_bf16); break;
+            case 5: run_tile(l, row, panel, now, 5, kind, is_bf16); break;
+            default: run_tile(l, row, panel, now, 6, kind, is_bf16);
         }
         row += rows;
+        left -= now.lines;
+        now.at += (ptrdiff_t)steps * now.lines * LINE_BYTES;
+        if (left <= 0) now.lines = 0;
     }
 }
 
-WIDE static void run_panel(const Layer *l, int begin, int end, int panel) {
+WIDE static void run_panel(const Layer *l, int begin, int end, int panel, const char *next) {
     if (l->kind == LINEAR_BF16)
-        run_rows(l, begin, end, panel, LINEAR_BF16, 1);
+        run_rows(l, begin, end, panel, next, LINEAR_BF16, 1);
     else if (l->is_bf16)
-        run_rows(l, begin, end, panel, LINEAR_BYTES, 1);
+        run_rows(l, begin, end, panel, next, LINEAR_BYTES, 1);
     else
-        run_rows(l, begin, end, panel, LINEAR_BYTES, 0);
+        run_rows(l, begin, end, panel, next, LINEAR_BYTES, 0);
 }
 
 /* x as bytes: nearest to x / scale, ties to even, 128 more; what is not finite makes the scale so. */
@@ -181,16 +204,19 @@ EXPORT void bough_linear(const Layer *l) {
     const int panels = (l->out_size + PANEL - 1) / PANEL;
     const int most = NEAR_BYTES / (l->in_size * (l->kind == LINEAR_BYTES ? 1 : 2)) / TILE * TILE;
     const int part = most > TILE ? most : TILE, parts = (l->num_rows + part - 1) / part;
+    const ptrdiff_t panel_bytes = (ptrdiff_t)l->in_size * PANEL * (l->kind == LINEAR_BYTES ? 1 : 2);
 #pragma omp parallel
     {
+        const int num_threads = omp_get_num_threads(); /* panels are taken in turn: what this thread is likely to take */
         if (l->kind == LINEAR_BYTES) {
 #pragma omp for schedule(static)
             for (int row = 0; row < l->num_rows; row++) to_bytes(l, row);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int item = 0; item < parts * panels; item++) {
-            const int begin = item / panels * part, end = begin + part;
-            run_panel(l, begin, end < l->num_rows ? end : l->num_rows, item % panels);
+            const int begin = item / panels * part, end = begin + part, after = item % panels + num_threads;
+            const char *next = after < panels ? (const char *)l->weight + after * panel_bytes : NULL;
+            run_panel(l, begin, end < l->num_rows ? end : l->num_rows, item % panels, next);
         }
     }
 }

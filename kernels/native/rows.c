@@ -5,7 +5,7 @@
 #include "vectors.h"
 
 /* Of the structs here and in attention.c: native_library.py's VERSION. */
-EXPORT int32_t bough_version(void) { return 4; }
+EXPORT int32_t bough_version(void) { return 5; }
 
 /* Fewer elements than this are done by the calling thread: to wake another takes longer. */
 #define WORTH_A_THREAD 32768

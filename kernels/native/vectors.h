@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define LANES 16
+#define LINE_BYTES 64
 #define INLINE static inline __attribute__((always_inline))
 
 /* One source, compiled for what the machine turns out to have. */
