@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import llguidance
 import numpy as np
@@ -13,6 +14,10 @@ from bough.runtime.grammar.constraint import Words, leave_out
 from bough.runtime.grammar.source import literals_of
 from bough.runtime.grammar.vocabulary import Vocabulary
 from bough.runtime.protocol import Grammar, RequestError
+
+# So many tokens before the way would no longer fit it is looked at with every token: a key begun makes the way of JSON,
+# one bracket long behind a value, longer by its value and more, and forced tokens come along with a drawn one.
+_MARGIN: Final = 64
 
 
 class GrammarConstraint:
@@ -126,8 +131,8 @@ class GrammarConstraint:
     def _closing_instead_of(self, token: int) -> list[int] | None:
         """Return the way to the end if taking `token` would leave too little for one, else None.
 
-        Looked for at half the distance each time, and at every token near the end. Where a single token makes the way
-        longer than all that is left, there may be none; the text is then truncated.
+        Looked for at half the distance each time, and at every token near the end. Where tokens far from it make the
+        way longer than all that is left, there may be none; the text is then truncated.
         """
         if self.grammar.on_limit != "close" or self._left > self._look_at:
             return None
@@ -138,7 +143,7 @@ class GrammarConstraint:
         if path is None:
             return self._way_within(self._matcher, self._left)
         self._way = path
-        self._look_at = self._left - max((self._left - len(path)) // 2, 1)
+        self._look_at = self._left - max((self._left - len(path) - _MARGIN) // 2, 1)
         return None
 
     def _way_within(self, matcher: llguidance.LLMatcher, most: int) -> list[int] | None:

@@ -258,6 +258,38 @@ def test_a_budget_that_ends_within_free_text_closes_it_by_its_literal() -> None:
     assert all(reply.usage.completion_tokens <= 12 + i for i, reply in enumerate(replies))
 
 
+STRUCTURE = frozenset(b'",:[]{} 0123456789a')
+
+
+def test_a_text_is_closed_in_time_however_much_longer_a_few_tokens_make_the_way() -> None:
+    """Behind a value the way to the end is one token; behind the next key's first quote it is six."""
+    schema = {
+        "type": "object",
+        "additionalProperties": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 3},
+    }
+    compiler = GrammarCompiler(VOCABULARY)
+    source = json.dumps(schema)
+    grammar = Grammar(kind="json_schema", source=source, on_limit="close")
+    matcher = compiler.find(GrammarKey("json_schema", source, ""))
+    assert matcher is not None
+    pieces = [TOKENIZER.token_bytes(token) for token in range(TOKENIZER.vocab_size)]
+    structural = np.array([bool(piece) and set(piece) <= STRUCTURE for piece in pieces])
+    random = np.random.default_rng(0)
+    num_closed = 0
+    for budget in [*range(10, 70)] * 3:
+        held = GrammarConstraint(grammar, matcher, VOCABULARY, budget, ignore_eos=True)
+        ids = held.begin()
+        while not held.is_ended and len(ids) < budget:
+            words = np.zeros(-(-TOKENIZER.vocab_size // 32), dtype=np.uint32)
+            held.fill(words)
+            allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: TOKENIZER.vocab_size].astype(bool)
+            ids += held.advance(int(random.choice(np.flatnonzero(allowed & structural))))
+        json.loads(TOKENIZER.decode(ids))
+        assert len(ids) <= budget
+        num_closed += held.is_closed
+    assert num_closed > 20
+
+
 def test_json_is_written_alike_by_both_ways_to_a_grammar() -> None:
     assert JSON_STYLE == lark_source.JSON_STYLE
 
