@@ -274,7 +274,7 @@ class State(AsyncReads, TimeTravel, Searching):
         """Wait for a gen or select, and return what it cost and why it ended.
 
         A dict with prompt_tokens, cached_tokens, computed_tokens, completion_tokens (forced_tokens of them by a
-        grammar), queue_ms, ttft_ms, latency_ms;
+        grammar), drafted_tokens and how many of them came true (accepted_tokens), queue_ms, ttft_ms, latency_ms;
         for a gen also finish_reason, matched_stop, token_ids and, when asked for, output_token_logprobs and
         output_top_logprobs; for a select also index, choice, scores, distribution, choice_token_logprobs. A list of
         them for n > 1 and for joined variables.

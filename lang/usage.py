@@ -22,11 +22,12 @@ class RunUsage(msgspec.Struct, frozen=True, kw_only=True):
     """What was spent so far; operations in flight are counted once they end.
 
     Tokens: prompt_tokens = cached_tokens + computed_tokens, over all gens and selects; generated_tokens were sampled,
-    or forced by a grammar (forced_tokens of them), also by those that then failed; cancelled_tokens were computed or
-    generated for operations that were cancelled, timed out or failed. rewound_tokens were cut away by rewinds, edits
-    and forgotten thoughts. Times in milliseconds, summed over the operations: queue_ms waiting to be scheduled,
-    prefill_ms from then to the first token, decode_ms from there to the end. An operation's own figures are in
-    `State.get_meta_info`.
+    or forced by a grammar (forced_tokens of them), also by those that then failed. drafted_tokens were guessed and
+    computed before they were drawn, accepted_tokens of them came true and are generated tokens too. cancelled_tokens
+    were computed or generated for operations that were cancelled, timed out or failed. rewound_tokens were cut away by
+    rewinds, edits and forgotten thoughts. Times in milliseconds, summed over the operations: queue_ms waiting to be
+    scheduled, prefill_ms from then to the first token, decode_ms from there to the end. An operation's own figures are
+    in `State.get_meta_info`.
     """
 
     num_done: int = 0
@@ -37,6 +38,8 @@ class RunUsage(msgspec.Struct, frozen=True, kw_only=True):
     computed_tokens: int = 0
     generated_tokens: int = 0
     forced_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     cancelled_tokens: int = 0
     rewound_tokens: int = 0
     queue_ms: float = 0.0
@@ -103,6 +106,8 @@ def _counted(usage: Usage, **counts: int) -> RunUsage:
         computed_tokens=usage.computed_tokens,
         generated_tokens=usage.completion_tokens,
         forced_tokens=usage.forced_tokens,
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
         queue_ms=usage.queue_ms,
         prefill_ms=max(0.0, usage.ttft_ms - usage.queue_ms),
         decode_ms=max(0.0, usage.latency_ms - usage.ttft_ms),

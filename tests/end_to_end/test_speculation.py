@@ -36,19 +36,25 @@ def meta(f: bo.State, name: str) -> list[Any]:
     return [found.get(key) for key in names]
 
 
-def answers(runtime: bo.Runtime, temperature: float) -> Any:
-    return records.run(temperature=temperature, seed=8, backend=runtime)["all"]
+def run(runtime: bo.Runtime, temperature: float) -> tuple[Any, bo.RunUsage]:
+    state = records.run(temperature=temperature, seed=8, backend=runtime)
+    return state["all"], state.usage
 
 
 def test_a_program_that_repeats_itself_says_the_same_in_fewer_steps() -> None:
     said: dict[bool, list[Any]] = {}
+    usages: dict[bool, list[bo.RunUsage]] = {}
     stats: dict[bool, dict[str, Any]] = {}
     for speculate in (False, True):
         with bo.Runtime(seed=3, speculate=speculate, exact=True) as runtime:
-            said[speculate] = [within(60, partial(answers, runtime, temperature)) for temperature in (0.0, 0.9)]
+            runs = [within(60, partial(run, runtime, temperature)) for temperature in (0.0, 0.9)]
+            said[speculate], usages[speculate] = [all_said for all_said, _ in runs], [usage for _, usage in runs]
             stats[speculate] = dict(runtime.stats())
     assert said[True] == said[False]
     assert stats[False]["drafted_tokens"] == 0
     assert stats[True]["accepted_tokens"] > 20
     assert stats[True]["generated_tokens"] == stats[False]["generated_tokens"]
     assert stats[True]["steps"] < stats[False]["steps"]
+    for name in ("drafted_tokens", "accepted_tokens"):
+        for speculate in (False, True):
+            assert sum(getattr(usage, name) for usage in usages[speculate]) == stats[speculate][name]

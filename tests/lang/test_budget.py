@@ -148,3 +148,16 @@ def test_usage_tells_what_of_it_a_grammar_forced() -> None:
     s += bo.gen("x")
     s.sync()
     assert (s.usage.generated_tokens, s.usage.forced_tokens) == (5, 3)
+
+
+def test_usage_adds_up_what_was_drafted_and_what_of_it_came_true() -> None:
+    def cancelled(text: str, params: object) -> str:
+        raise bo.Cancelled("stopped", completion_tokens=5, drafted_tokens=4, accepted_tokens=3)
+
+    s = bo.State(bo.ScriptedBackend(cancelled))
+    forks = s.fork(2)
+    forks += bo.gen("x")
+    for f in forks:
+        f.sync()
+    assert (s.usage.drafted_tokens, s.usage.accepted_tokens) == (8, 6)
+    assert (forks[0].usage.drafted_tokens, forks[0].usage.accepted_tokens) == (4, 3)
