@@ -23,7 +23,9 @@ class RuntimeConfig:
     max_waiting: operations queued over all clients before `overloaded`; max_branches, max_sessions: likewise.
     credit: streamed tokens a client may be behind. unsent_bytes: replies kept for a client whose queue is full; beyond
     that it is dropped. heartbeat_s: how often a client pings; one silent for lease_s is dropped with all it holds.
-    drain_s: how long SIGTERM waits for running operations. receive_s: most time one loop turn spends on receiving.
+    drain_s: how long SIGTERM waits for running operations. receive_s: most time one loop turn spends on receiving,
+    or receive_share of what the step before took, if that is more: requests that came during a long step all join the
+    next one.
     """
 
     token_budget: int = 1024
@@ -42,6 +44,7 @@ class RuntimeConfig:
     lease_s: float = 15.0
     drain_s: float = 30.0
     receive_s: float = 0.002
+    receive_share: float = 0.25
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "max_running", "max_waiting", "max_branches", "max_sessions", "credit"):

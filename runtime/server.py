@@ -90,6 +90,7 @@ class Server:
         self._drain_until: float | None = None
         self._housekeeping_at = 0.0
         self._check_at = 0.0
+        self._step_s = 0.0
         self._bytes_in = 0
         self._bytes_out = 0
         self._num_bad_frames = 0
@@ -99,7 +100,9 @@ class Server:
         did_run = False
         while not self._is_stopping:
             self._receive(did_run)
+            begin = time.monotonic()
             did_run = self._engine.step(self._tick())
+            self._step_s = time.monotonic() - begin
             self._housekeep()
             self._flush()
         log.info("stopped after %d steps", self._engine.scheduler.counters.steps)
@@ -126,7 +129,8 @@ class Server:
                 os.read(self._wake_fd, 4096)  # the signal's handler has run; its byte has done its work
             if self._endpoint.socket not in ready:
                 return
-        until = time.monotonic() + self._config.receive_s  # a flood must not stop the decodes
+        # A flood must not stop the decodes; nor may requests come in so slowly that steps run half empty.
+        until = time.monotonic() + max(self._config.receive_s, self._config.receive_share * self._step_s)
         while True:
             try:
                 identity, namespace, frames = self._endpoint.receive()
