@@ -40,13 +40,12 @@ def main() -> None:
 def messages(reps: int) -> dict[str, Summary]:
     """Microseconds to encode and to decode a text of 200 bytes, and what 64 streams send in a step."""
     ask = Extend(1, 1, [Text(TEXT)])
-    deltas = [Delta(op, " word", op) for op in range(WIDTH)]
-    buffers = [protocol.encode_tokens([7])] * WIDTH
-    asked, told = protocol.encode_request(ask), protocol.encode_replies(deltas, buffers)
+    deltas = [Delta(op, " word", protocol.encode_tokens([7])) for op in range(WIDTH)]
+    asked, told = protocol.encode_request(ask), protocol.encode_replies(deltas)
     cases: dict[str, Callable[[], object]] = {
         "encode request, 200 B": lambda: protocol.encode_request(ask),
         "decode request, 200 B": lambda: protocol.decode_request(asked),
-        "encode 64 deltas": lambda: protocol.encode_replies(deltas, buffers),
+        "encode 64 deltas": lambda: protocol.encode_replies(deltas),
         "decode 64 deltas": lambda: protocol.decode_replies(told),
     }
     return {name: Summary.of(timed_us(case, 20) for _ in range(reps)) for name, case in cases.items()}

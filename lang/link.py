@@ -291,7 +291,7 @@ class Link:
 
     def _handle(self, reply: protocol.Reply, buffers: Sequence[protocol.Buffer]) -> None:
         if isinstance(reply, protocol.Delta):
-            return self._handle_delta(reply, buffers)
+            return self._handle_delta(reply)
         if isinstance(reply, protocol.Failed):
             return self._handle_failed(reply)
         entry = self._inflight.get(reply.op)
@@ -311,19 +311,17 @@ class Link:
         entry.done(value)
         return None
 
-    def _handle_delta(self, delta: protocol.Delta, buffers: Sequence[protocol.Buffer]) -> None:
-        if not 0 <= delta.buffer < len(buffers):
-            raise protocol.ProtocolError(f"buffer {delta.buffer} is not in this message, which has {len(buffers)}")
+    def _handle_delta(self, delta: protocol.Delta) -> None:
+        token_ids = protocol.delta_tokens(delta)
         entry = self._inflight.get(delta.op)
         if entry is None:
             return
         # Granted on arrival, not when a reader has read: a slow reader costs this process memory, and nobody else time.
-        entry.ungranted += len(buffers[delta.buffer]) // 4
+        entry.ungranted += len(token_ids)
         if self.welcome is None or entry.ungranted >= max(1, self.welcome.credit // 4):
             self._outbox.append(encoded(protocol.Credit(delta.op, entry.ungranted), ()))
             entry.ungranted = 0
         if entry.on_delta is not None:
-            token_ids = protocol.decode_tokens(buffers, delta.buffer)
             try:
                 entry.on_delta(Delta(delta.text, token_ids, delta.logprobs))
             except Exception:  # a reader's bug is not the connection's

@@ -180,7 +180,7 @@ class InFlight:
     def _send_delta(self, work: Generation) -> None:
         delta = work.delta()
         if delta is not None:
-            work.operation.session.reply(*delta)
+            work.operation.session.reply(delta)
         if work.credit <= 0 and work.finish_reason is None:
             self._scheduler.pause(work.sequences[0])
 

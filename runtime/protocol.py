@@ -7,7 +7,8 @@ A message is a ZeroMQ multipart message::
     prefix   b"B", major version, minor version, kind (0 = one request, 1 = a list of replies)
     header   kind 0: one map, a member of the closed set `Request`; kind 1: an array of maps, members of `Reply`.
              Each map carries its type under the key "t".
-    buffers  token ids; a message refers to them by index. (A MessagePack list of ids costs 100 times as much.)
+    buffers  token ids; a message refers to them by index. (A MessagePack list of ids costs 100 times as much.) The few
+             ids of a delta stand in it, as such bytes: a frame for each of 32 streams cost 0.2 ms a step.
 
 Client to runtime (one per message; `op` and `branch` ids are chosen by the client, so nothing waits to learn an id):
 
@@ -44,7 +45,7 @@ from typing import Final, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
-MAJOR: Final = 1
+MAJOR: Final = 2
 MINOR: Final = 0
 
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -498,11 +499,11 @@ class Extended(_Message, frozen=True, tag="extended"):
 
 
 class Delta(_Message, frozen=True, tag="delta"):
-    """New text of a streaming operation, whole characters only. `buffer` indexes the new token ids."""
+    """New text of a streaming operation, whole characters only. token_ids: the new ones, raw little-endian int32."""
 
     op: int
     text: str
-    buffer: int
+    token_ids: bytes
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -672,6 +673,17 @@ def decode_tokens(buffers: Sequence[Buffer], index: int) -> list[int]:
     raw = buffers[index]
     if len(raw) % 4:
         raise ProtocolError(f"buffer {index} must be a multiple of 4 bytes, got {len(raw)}")
+    return _tokens(raw)
+
+
+def delta_tokens(delta: Delta) -> list[int]:
+    """Return the token ids of a delta. Raises ProtocolError if there is a part of one."""
+    if len(delta.token_ids) % 4:
+        raise ProtocolError(f"token_ids must be a multiple of 4 bytes, got {len(delta.token_ids)}")
+    return _tokens(delta.token_ids)
+
+
+def _tokens(raw: Buffer) -> list[int]:
     ids = array("i")
     ids.frombytes(cast(bytes, raw))
     if not _LITTLE:

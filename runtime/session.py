@@ -11,7 +11,7 @@ import msgspec
 from bough.runtime.branch import Branch
 from bough.runtime.brood import Branches
 from bough.runtime.operation import Operation
-from bough.runtime.protocol import MAX_FRAMES, Buffer, Delta, Generated, Reply, RequestError
+from bough.runtime.protocol import MAX_FRAMES, Buffer, Generated, Reply, RequestError
 
 _MAX_BUFFERS = MAX_FRAMES - 2
 # Ids of ended operations that are remembered, so that a repeated request is told from a new one.
@@ -72,7 +72,7 @@ class Session:
         if not self.outbox or len(self.outbox[-1].buffers) + len(buffers) > _MAX_BUFFERS:
             self.outbox.append(Message())
         message = self.outbox[-1]
-        if isinstance(reply, Delta | Generated):
+        if isinstance(reply, Generated):
             reply = msgspec.structs.replace(reply, buffer=reply.buffer + len(message.buffers))
         message.buffers.extend(buffers)
         message.replies.append(reply)

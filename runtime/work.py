@@ -142,7 +142,7 @@ class Generation:
         self._stopped_by_text(rest)
         return True
 
-    def delta(self) -> tuple[Delta, list[bytes]] | None:
+    def delta(self) -> Delta | None:
         """Return the text that can be released and was not yet sent, if any."""
         is_over = self.finish_reason is not None
         safe = len(self.text) if is_over or self._matcher is None else min(self._matcher.safe_len, len(self.text))
@@ -154,7 +154,7 @@ class Generation:
         logprobs = None
         if self._params.logprobs is not None:
             logprobs, self._sent_logprobs = self._logprobs[self._sent_logprobs :], len(self._logprobs)
-        return Delta(self.operation.id, text, 0, logprobs), [encode_tokens(ids)]
+        return Delta(self.operation.id, text, encode_tokens(ids), logprobs)
 
     def reply(self, length: int, now: float) -> tuple[Generated, list[bytes]]:
         """Return the terminal reply; `length` is the branch's new length in tokens."""

@@ -112,8 +112,7 @@ def streaming(*texts: str) -> Answer:
         if not isinstance(request, protocol.Generate):
             return ([], []) if streams and isinstance(request, protocol.Extend) else plain_answer(request)
         streams.append(request)
-        deltas = [protocol.Delta(request.op, text, index) for index, text in enumerate(texts)]
-        return deltas, [protocol.encode_tokens([1]) for _ in texts]
+        return [protocol.Delta(request.op, text, protocol.encode_tokens([1])) for text in texts], []
 
     return answer
 

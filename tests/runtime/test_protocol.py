@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bough.runtime import protocol
 from bough.runtime.protocol import (
+    Delta,
     Extend,
     Generate,
     Hello,
@@ -27,6 +28,7 @@ from bough.runtime.protocol import (
     decode_replies,
     decode_request,
     decode_tokens,
+    delta_tokens,
     encode_replies,
     encode_request,
     encode_tokens,
@@ -45,6 +47,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.integers(0, protocol.MAX_ID)
     if kind is str:
         return st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    if kind is bytes:
+        return st.binary(max_size=8)
     if kind is bool:
         return st.booleans()
     if kind is type(None):
@@ -120,22 +124,22 @@ def header(**fields: object) -> list[bytes]:
     ("frames", "message"),
     [
         ([], "at least 2 frames"),
-        ([b"B\1\0\0"], "at least 2 frames"),
+        ([b"B\2\0\0"], "at least 2 frames"),
         ([b"", b""], "not a bough prefix"),
         ([b"X\1\0\0", b"\x80"], "not a bough prefix"),
-        ([b"B\1\0\0\0", b"\x80"], "not a bough prefix"),
-        ([b"B\2\0\0", b"\x80"], "version 2 is not supported"),
-        ([b"B\1\0\1", b"\x80"], "kind 1 is not expected"),
-        ([b"B\1\0\0", b""], "not a request"),
-        ([b"B\1\0\0", b"\xc1"], "not a request"),
-        ([b"B\1\0\0", b"\x91" * 100_000], "not a request"),
+        ([b"B\2\0\0\0", b"\x80"], "not a bough prefix"),
+        ([b"B\3\0\0", b"\x80"], "version 3 is not supported"),
+        ([b"B\2\0\1", b"\x80"], "kind 1 is not expected"),
+        ([b"B\2\0\0", b""], "not a request"),
+        ([b"B\2\0\0", b"\xc1"], "not a request"),
+        ([b"B\2\0\0", b"\x91" * 100_000], "not a request"),
         (header(op=3), "missing required field `t`"),
         (header(t="pickle", op=3), "Invalid value 'pickle'"),
         (header(t="open", op=3), "missing required field `branch`"),
         (header(t="open", op=3, branch="x"), "Expected `int`"),
         (header(t="open", op=3, branch=1, extra=1), "unknown field `extra`"),
         (header(t="extend", op=3, branch=1, parts=[{"t": "text", "text": b"\xff"}]), "not a request"),
-        ([b"B\1\0\0", *[b""] * 2000], "at most 1026 frames"),
+        ([b"B\2\0\0", *[b""] * 2000], "at most 1026 frames"),
     ],
 )
 def test_a_frame_that_is_no_message_is_refused_and_says_why(frames: list[bytes], message: str) -> None:
@@ -169,6 +173,16 @@ def test_mutated_messages_never_do_anything_but_raise_protocol_error() -> None:
                 decode_request([frames[0], mutated, frames[2]])
             except ProtocolError:
                 continue
+
+
+def test_a_delta_carries_its_few_ids_itself() -> None:
+    frames = encode_replies([Delta(op=7, text=" a b", token_ids=encode_tokens([1, 70_000]))])
+    assert len(frames) == 2
+    (delta,), _ = decode_replies(frames)
+    assert isinstance(delta, Delta)
+    assert delta_tokens(delta) == [1, 70_000]
+    with pytest.raises(ProtocolError, match="multiple of 4 bytes"):
+        delta_tokens(Delta(op=7, text="a", token_ids=b"abc"))
 
 
 def test_a_missing_or_odd_buffer_is_refused() -> None:

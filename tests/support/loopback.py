@@ -51,11 +51,11 @@ def plain_answer(request: protocol.Request) -> Answer:
         case protocol.Generate(op):
             deltas: list[protocol.Reply] = []
             if request.stream:
-                deltas = [protocol.Delta(op, text, index) for index, text in enumerate(("one ", "two ", "three"))]
+                texts = enumerate(("one ", "two ", "three"), start=1)
+                deltas = [protocol.Delta(op, text, protocol.encode_tokens([token])) for token, text in texts]
             usage = protocol.Usage(prompt_tokens=5, cached_tokens=2, computed_tokens=3, completion_tokens=3)
-            buffers: list[protocol.Buffer] = [protocol.encode_tokens([index]) for index in (1, 2, 3)]
-            buffers.append(protocol.encode_tokens([1, 2, 3]))
-            return [*deltas, protocol.Generated(op, "one two three", 3, "stop", 8, usage)], buffers
+            ids = protocol.encode_tokens([1, 2, 3])
+            return [*deltas, protocol.Generated(op, "one two three", 0, "stop", 8, usage)], [ids]
         case protocol.Select(op) | protocol.Score(op):
             share = [1.0 / len(request.choices)] * len(request.choices)
             tokens = [[protocol.TokenLogprob(-1.0, 1, choice)] for choice in request.choices]

@@ -67,6 +67,7 @@ from bough.runtime.protocol import (
     Text,
     Tokens,
     decode_tokens,
+    delta_tokens,
 )
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence as Running
@@ -647,11 +648,11 @@ class Oracle:
         assert isinstance(op.request, Generate)
         return speak(op.context, op.request.params, self.context_len, op.request.grammar)
 
-    def delta(self, slot: int, reply: Delta, ids: list[int]) -> None:
+    def delta(self, slot: int, reply: Delta) -> None:
         op = self.ops[slot][reply.op]
         assert not op.is_ended, "a delta after the end"
         assert op.credit > 0, "streamed without credit"
-        op.credit -= len(ids)
+        op.credit -= len(delta_tokens(reply))
         op.streamed += reply.text
         assert isinstance(op.request, Generate)
         assert self._spoken(op).text.startswith(op.streamed)
@@ -847,11 +848,11 @@ class World:
         op = getattr(reply, "op", None)
         assert isinstance(op, int)
         self.replies[slot].setdefault(op, []).append(reply)
-        ids = decode_tokens(buffers, reply.buffer) if isinstance(reply, Delta | Generated) else []
         if isinstance(reply, Delta):
             self.seen["delta"] += 1
-            self.oracle.delta(slot, reply, ids)
+            self.oracle.delta(slot, reply)
             return
+        ids = decode_tokens(buffers, reply.buffer) if isinstance(reply, Generated) else []
         for index, (at, of, kind, fields) in enumerate(self.oracle.expected):
             if (at, of) == (slot, op) and isinstance(reply, kind):
                 got = {name: getattr(reply, name) for name in fields}
