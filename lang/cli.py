@@ -84,6 +84,9 @@ def _run(file: str, args: Sequence[str], model: str, address: str | None) -> int
     except bough.BoughError as error:
         print(f"bough: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bough: interrupted while the runtime started", file=sys.stderr)
+        return 130
     before = sys.argv, sys.path[:]
     with backend:
         bough.set_default_backend(backend)

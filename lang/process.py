@@ -1,8 +1,8 @@
 """The runtime's process, as its parent sees it: started, watched while it loads, stopped for sure.
 
-The child gets three pipes. On `--status-fd` it writes JSON lines: loading (bytes done and in total), then ready or
-failed. Its standard input is held open and never written: when this process ends, even by SIGKILL, the child reads the
-end of it and exits. Its standard error is passed on, and the tail kept to explain a death.
+The child gets three pipes. On `--status-fd` it writes JSON lines: loading (a text for people), ready or failed. Its
+standard input is held open and never written: when this process ends, even by SIGKILL, the child reads the end of it
+and exits. Its standard error is passed on, and the tail kept to explain a death.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, Final
 
 from bough.errors import BoughError, ResourceExhausted, RuntimeLost, Timeout, from_kind
@@ -28,8 +28,8 @@ MAX_PATH_BYTES: Final = 100
 """A Unix socket's path has 107 bytes at most (sun_path), less on other systems."""
 TAIL_LINES: Final = 20
 TERMINATE_S: Final = 5.0
-QUIET_S: Final = 1.0
-"""Loading that takes longer shows its progress, if someone is watching."""
+QUIET_S: Final = 2.0
+"""A start that is silent for longer is told of."""
 
 
 class RuntimeProcess:
@@ -125,7 +125,7 @@ class RuntimeProcess:
                     raise Timeout("the runtime was not ready in time (start_timeout)", phase="loading")
                 phase = status.get("phase")
                 if phase == "loading":
-                    show(int(status.get("done", 0)), int(status.get("total", 0)))
+                    show(str(status.get("text", "")), bool(status.get("is_line")))
                 elif phase == "failed":
                     raise _failure(status)
                 elif phase == "ready":
@@ -168,11 +168,17 @@ def _private_folder() -> str:
 
 def _status_lines(pipe: IO[bytes], deadline: float) -> Iterator[dict[str, Any] | None]:
     """Yield what the child reports, None if it is too slow; end when it has closed the pipe."""
-    rest = b""
+    rest, has_news = b"", False
     while True:
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        left = max(0.0, deadline - time.monotonic())
+        is_quiet = not select.select([pipe], [], [], left if has_news else min(left, QUIET_S))[0]
+        if is_quiet and (has_news or left <= QUIET_S):
             yield None
             return
+        has_news = True
+        if is_quiet:  # reading torch from a disk takes long
+            yield {"phase": "loading", "text": "starting the runtime"}
+            continue
         chunk = pipe.read(65536)
         if not chunk:
             return
@@ -213,24 +219,34 @@ def _pass_on(stream: IO[bytes], tail: deque[str]) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """Show bytes loaded on a terminal, once loading has taken a second."""
-    started = time.monotonic()
-    bar: Any = None
+def _progress() -> Iterator[Callable[[str, bool], None]]:
+    """Show texts on standard error: drawn one over the other on a terminal, elsewhere those that are due as lines.
 
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            if time.monotonic() - started < QUIET_S or sys.stderr is None or not sys.stderr.isatty():
-                return
-            from tqdm import tqdm  # type: ignore[import-untyped]
+    The runtime says when (`bough.runtime.loading`): nothing for the first seconds, a line every few.
+    """
+    stream = sys.stderr
+    is_terminal = stream is not None and stream.isatty()
+    width = 0
 
-            bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False)
-        bar.total = total
-        bar.update(done - bar.n)
+    def write(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.write(text)
+            stream.flush()
+
+    def draw(text: str) -> None:
+        nonlocal width
+        write(f"\r{text.ljust(width)}")
+        width = len(text)
+
+    def show(text: str, is_line: bool) -> None:
+        if is_terminal:
+            draw(f"bough: {text}"[: shutil.get_terminal_size().columns - 1])
+        elif is_line:
+            write(f"bough: {text}\n")
 
     try:
         yield show
     finally:
-        if bar is not None:
-            bar.close()
+        if width:
+            draw("")
+            write("\r")

@@ -12,8 +12,8 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bough.runtime.config import SCHEDULE_POLICIES, RuntimeConfig
 from bough.runtime.endpoint import Endpoint
 from bough.runtime.grammar.limits import Limits
 from bough.runtime.journal import Journal, RecordingExecutor
+from bough.runtime.loading import Display, Loading
 from bough.runtime.protocol import RequestError, Welcome
 from bough.runtime.server import Server, parent_watch
 
@@ -122,16 +123,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
     report = _reporter(options.status_fd)
-    if options.status_fd is None:
-        print(f"bough serve: loading {options.model}", file=sys.stderr)
+    _say(options, f"loading {options.model}")
     try:
         _serve(options, report)
     except RequestError as error:
         report(phase="failed", kind=error.kind, message=error.message)
-        if options.status_fd is None:
-            print(f"bough serve: {error.message}", file=sys.stderr)
+        _say(options, error.message)
         return 1
+    except KeyboardInterrupt:  # while it loads; later on it is a signal to drain
+        _say(options, "interrupted")
+        return 128 + signal.SIGINT
     return 0
+
+
+def _say(options: argparse.Namespace, text: str) -> None:
+    """Tell a person; a launcher hears it by its pipe."""
+    if options.status_fd is None:
+        print(f"bough serve: {text}", file=sys.stderr)
 
 
 def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
@@ -157,14 +165,14 @@ def _serve(options: argparse.Namespace, report: Callable[..., None]) -> None:
         if options.parent_pid is not None:
             stack.callback(_remove_socket, endpoint.address)
         journal = None if options.journal is None else stack.enter_context(Journal(options.journal))
-        server = _build(options, config, limits, endpoint, journal, _signal_fd(), is_orphaned, report)
+        with _loading(options, report) as loading:
+            server = _build(options, config, limits, endpoint, journal, _signal_fd(), is_orphaned, loading)
         signal.signal(signal.SIGTERM, server.drain)
         signal.signal(signal.SIGINT, server.drain)
         gc.collect()
         gc.freeze()  # what start-up made lives for ever: keep it out of every later collection
         report(phase="ready", address=endpoint.address, pid=os.getpid())
-        if options.status_fd is None:
-            print(f"bough serve: {options.model} serves on {endpoint.address}; Ctrl-C ends it", file=sys.stderr)
+        _say(options, f"{options.model} serves on {endpoint.address}; Ctrl-C ends it")
         log.info("serving %s on %s", options.model, endpoint.address)
         server.run()
 
@@ -177,11 +185,14 @@ def _build(
     journal: Journal | None,
     wake_fd: int,
     is_orphaned: Callable[[], bool],
-    report: Callable[..., None],
+    loading: Loading,
 ) -> Server:
     from bough.runtime.models.folder import resolve_model
 
+    # On a terminal the hub draws bars of its own.
+    loading.enter("" if options.status_fd is None and sys.stderr.isatty() else "fetching")
     folder = resolve_model(options.model)
+    loading.enter("starting")
     # These import torch: after the arguments are known to be good.
     from bough.runtime.cache.prefix_cache import PrefixCache
     from bough.runtime.composer import Composer
@@ -199,13 +210,14 @@ def _build(
     from bough.runtime.text.chat import load_chat_template
     from bough.runtime.text.tokenizer import load_tokenizer
 
+    loading.enter("reading weights")
     runner = load_runner(
         folder,
         dtype=options.dtype,
         device=options.device,
         page_size=options.page_size,
         max_total_tokens=options.max_total_tokens,
-        on_progress=lambda done, total: report(phase="loading", done=done, total=total),
+        on_progress=loading.advance,
         exact=options.exact,
         attention=options.attention,
         share_prefixes=not options.no_tree_decode,
@@ -223,8 +235,10 @@ def _build(
             field="speculate",
         )
     config = dataclasses.replace(config, speculate=runner.exact and config.speculate is not False)
+    loading.enter("reading the tokenizer")
     prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), options.model)
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)
+    loading.enter("warming up")
     runner.warm_up()
     row_cost = measure_row_cost(runner) if config.speculate else 0.0
     scheduler = Scheduler(
@@ -302,6 +316,21 @@ def _build(
 
     server = Server(config, engine, endpoint, welcome, is_orphaned=is_orphaned, journal=journal, wake_fd=wake_fd)
     return server
+
+
+@contextmanager
+def _loading(options: argparse.Namespace, report: Callable[..., None]) -> Iterator[Loading]:
+    """Tell how the start goes, by the launcher's pipe or on standard error, until it is left."""
+    display = Display(sys.stderr, "bough serve: ")
+
+    def tell(text: str, is_line: bool) -> None:
+        report(phase="loading", text=text, is_line=is_line)
+
+    try:
+        with Loading(Path(options.model).name, display.show if options.status_fd is None else tell) as loading:
+            yield loading
+    finally:
+        display.erase()
 
 
 def _signal_fd() -> int:

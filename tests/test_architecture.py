@@ -22,7 +22,7 @@ LAYERS = {"lang": "bough", "runtime": "bough.runtime", "kernels": "bough.kernels
 WITHOUT_TORCH = [
     "protocol", "lifecycle", "config", "vector", "batch", "sequence", "policies", "scheduler", "token_log", "choices",
     "cache.page_allocator", "cache.radix_tree", "cache.prefix_cache", "branch", "operation", "session", "work",
-    "engine",
+    "engine", "loading",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "triton", "numpy", "tokenizers", "tiktoken", "jinja2", "rich", "tqdm", "llguidance"}
 

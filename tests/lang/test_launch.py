@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import signal
@@ -165,7 +166,8 @@ def test_bad_options_are_refused_before_anything_starts(stand_in: Any, given: di
 
 def test_a_model_that_cannot_be_loaded_is_told_in_the_runtimes_words(stand_in: Any) -> None:
     stand_in(
-        'report(phase="loading", done=1, total=2); report(phase="failed", kind="unsupported_model", message="GPT-9")'
+        'report(phase="loading", text="half", is_line=True);'
+        'report(phase="failed", kind="unsupported_model", message="GPT-9")'
     )
     with pytest.raises(bo.UnsupportedModel, match="GPT-9"):
         bo.Runtime()
@@ -177,6 +179,45 @@ def test_a_process_that_dies_at_start_is_told_with_code_and_log(stand_in: Any, c
         bo.Runtime()
     assert caught.value.details == {"exit_code": 1}
     assert "the log: no luck" in capfd.readouterr().err
+
+
+LOADS_SLOWLY = """
+    report(phase="loading", text="a quarter", is_line=False)
+    report(phase="loading", text="half", is_line=True)
+    report(phase="loading", text="all", is_line=False)
+    report(phase="failed", kind="unsupported_model", message="GPT-9")
+"""
+
+
+def test_a_terminal_shows_how_a_start_goes_and_is_clean_when_it_is_over(
+    stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(LOADS_SLOWLY)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(bo.UnsupportedModel):
+        bo.Runtime()
+    shown = terminal.getvalue().partition("\rbough: a quarter")[2]  # before it: that nothing is heard, if it is slow
+    assert shown == "\rbough: half     \rbough: all \r          \r"
+
+
+def test_what_is_no_terminal_gets_the_lines_that_are_due(stand_in: Any, capsys: Any) -> None:
+    stand_in(LOADS_SLOWLY)
+    with pytest.raises(bo.UnsupportedModel):
+        bo.Runtime()
+    assert capsys.readouterr().err == "bough: half\n"
+
+
+def test_a_start_that_says_nothing_is_told_of_on_a_terminal(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in('threading.Event().wait(0.3); report(phase="failed", kind="unsupported_model", message="GPT-9")')
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(process, "QUIET_S", 0.01)
+    with pytest.raises(bo.UnsupportedModel, match="GPT-9"):
+        bo.Runtime()
+    assert terminal.getvalue().startswith("\rbough: starting the runtime\r")
 
 
 def test_a_process_that_is_too_slow_is_stopped(stand_in: Any, tmp_path: Path) -> None:
