@@ -24,7 +24,8 @@ from bough.kernels.merge import merge_partials
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.prefill import TILE_FIELDS, plan_tiles, prefill_attention
 from bough.kernels.segments import find_segments
-from bough.kernels.tree_plan import ITEM_FIELDS, Int32Array, Options, TreePlan, plan_tree
+from bough.kernels.tree_plan import ITEM_FIELDS, Int32Array, TreePlan, plan_tree
+from bough.kernels.tree_runs import Options
 from bough.kernels.tuning import Arch, AttentionConfig, decode_config, prefill_config
 
 _ALIGNMENT = 4  # int32 numbers: every section of a buffer begins at a multiple of 16 bytes

@@ -1,14 +1,15 @@
 """From shared segments to work items: what one step of decode reads, once per segment and not once per sequence.
 
-    segments --fold--> runs --split, tile--> items --> partial results --merge--> tokens
+    segments --share--> runs --split, tile--> items --> partial results --merge--> tokens
 
-A *run* is a stretch of keys read for a set of query rows; a segment becomes a run where reading it once saves more than
-the partial results cost, else it is read as a part of each branch's run. Runs are cut into chunks so that all programs
-have equal shares, and their rows into tiles. All of it is arithmetic on small integers: no torch, no device.
+A *run* is a stretch of keys read for a set of query rows: a segment where reading it once pays, by the device's costs,
+or all that a branch reads by itself (`tree_runs`). Runs are cut into chunks so that all programs have equal shares, and
+their rows into tiles. All of it is arithmetic on small integers: no torch, no device.
 
 In exact mode (`Options.exact_split`) chunks end at multiples of a fixed number of positions, a run that is shared ends
 at such a multiple and its rest is read by each branch, and all rows go through tiles of one size. Then the order of
-every sum depends on positions only: a sequence gets the same bits alone, in any batch and beside any tree.
+every sum depends on positions only: a sequence gets the same bits alone, in any batch, beside any tree and whatever
+the costs are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bough.kernels.segments import Segment
+from bough.kernels.tree_runs import Options, Run, shortest, tokens_per_tile
 
 ITEM_FIELDS = 8  # numbers of an item in memory: Item's six and two of padding, 32 bytes
 OPEN_END = 2**31 - 1  # the end of a run that grows with its sequence; kernels stop at the tokens there are
@@ -44,44 +46,6 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What a plan is made for.
-
-    num_programs, wide_programs: how many programs of narrow and of wide items run at a time (a few per
-    multiprocessor). group: query heads per KV head.
-    narrow_rows, wide_rows: rows of the two tile sizes; an item's tokens times `group` fill them. block_n: keys of a
-    tile, which chunks are multiples of. min_split: shortest chunk, in tokens. exact_split: see the module; a multiple
-    of block_n. window: keys that a query sees at most, None for all.
-
-    Costs, in tokens of KV read for one KV head (to be measured on each device): item_tokens, starting an item;
-    partial_tokens, writing and merging one more partial result of one token's group of heads, 8 in bytes for heads of
-    16 bits. min_shared_tokens: shorter segments are never shared, whatever they save. share=False reads every
-    sequence by itself, for comparison.
-    """
-
-    num_kv_heads: int
-    group: int
-    num_programs: int
-    wide_programs: int
-    narrow_rows: int = 16
-    wide_rows: int = 64
-    block_n: int = 64
-    min_split: int = 128
-    exact_split: int | None = None
-    window: int | None = None
-    item_tokens: float = 64.0
-    partial_tokens: float = 8.0
-    min_shared_tokens: int = 64
-    share: bool = True
-
-    def __post_init__(self) -> None:
-        if self.exact_split is not None and self.exact_split % self.block_n:
-            raise ValueError(f"exact_split {self.exact_split} is not a multiple of block_n {self.block_n}")
-        if self.min_split % self.block_n:
-            raise ValueError(f"min_split {self.min_split} is not a multiple of block_n {self.block_n}")
-
-
-@dataclass(frozen=True, slots=True)
 class TreePlan:
     """The work of one step; all arrays int32.
 
@@ -100,16 +64,6 @@ class TreePlan:
     growth: int
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Positions [begin, end) of sequence seqs[0], read for all of `seqs`; is_open where it grows with them."""
-
-    begin: int
-    end: int
-    seqs: tuple[int, ...]
-    is_open: bool
-
-
 def plan_tree(
     segments: Sequence[Segment], qo_indptr: Int32Array, kv_indptr: Int32Array, kv_lens: Int32Array, options: Options
 ) -> TreePlan:
@@ -117,16 +71,10 @@ def plan_tree(
 
     Tokens of other sequences have no partial results. kv_lens includes the new tokens.
     """
-    runs = fold(segments, kv_lens, options)
-    if options.window is not None:
-        runs = [run for run in (_trimmed(run, qo_indptr, kv_lens, options) for run in runs) if run is not None]
-    num_rows = [sum(int(qo_indptr[seq + 1] - qo_indptr[seq]) for seq in run.seqs) for run in runs]
-    is_wide = [options.exact_split is None and rows * options.group > options.narrow_rows for rows in num_rows]
+    draft = shortest(segments, qo_indptr, kv_lens, options)
     builder = _Builder(qo_indptr, kv_indptr, options)
-    narrow_runs = [run for run, wide in zip(runs, is_wide, strict=True) if not wide]
-    wide_runs = [run for run, wide in zip(runs, is_wide, strict=True) if wide]
-    narrow = builder.items(narrow_runs, options.narrow_rows, options.num_programs)
-    wide = builder.items(wide_runs, options.wide_rows, options.wide_programs)
+    narrow = builder.items(draft.narrow, draft.narrow_split, is_wide=False)
+    wide = builder.items(draft.wide, draft.wide_split, is_wide=True)
     merge_indptr, merge_indices = builder.merges(np.concatenate([narrow, wide]), int(qo_indptr[-1]))
     return TreePlan(
         _longest_first(narrow),
@@ -135,76 +83,8 @@ def plan_tree(
         merge_indptr,
         merge_indices,
         builder.num_partials,
-        _growth(runs, kv_lens, options),
+        _growth((*draft.narrow, *draft.wide), kv_lens, options),
     )
-
-
-def fold(segments: Sequence[Segment], kv_lens: Int32Array, options: Options) -> list[Run]:
-    """Return the runs that cover every position of every sequence once; which segments are shared is decided here."""
-    children: list[list[int]] = [[] for _ in segments]
-    for index, segment in enumerate(segments):
-        if segment.parent >= 0:
-            children[segment.parent].append(index)
-    begins = [0] * len(segments)  # where a segment's run begins: earlier than the segment if the parent is not shared
-    runs = []
-    for index, segment in enumerate(segments):
-        begin = begins[index]
-        going_on = {seq for child in children[index] for seq in segments[child].seqs}
-        ended = tuple(seq for seq in segment.seqs if seq not in going_on)
-        end = _shared_end(segment, begin, len(children[index]) + len(ended), kv_lens, options)
-        if end > begin:
-            runs.append(Run(begin, end, segment.seqs, is_open=len(segment.seqs) == 1))
-        for child in children[index]:
-            begins[child] = end
-        runs.extend(Run(end, int(kv_lens[seq]), (seq,), True) for seq in ended if kv_lens[seq] > end)
-    return runs
-
-
-def _shared_end(segment: Segment, begin: int, num_branches: int, kv_lens: Int32Array, options: Options) -> int:
-    """Return where the run of a segment ends; `begin` if it is not worth one and its branches read it themselves."""
-    if len(segment.seqs) == 1:
-        return segment.end
-    end = segment.end
-    if options.exact_split is not None:
-        end -= end % options.exact_split
-    length = end - begin
-    saved = (num_branches - 1) * length
-    if not options.share or length < options.min_shared_tokens or saved <= options.partial_tokens * len(segment.seqs):
-        return begin
-    return end
-
-
-def _trimmed(run: Run, qo_indptr: Int32Array, kv_lens: Int32Array, options: Options) -> Run | None:
-    """Return the run without the chunks that lie before every query's window, None if that is all of it."""
-    assert options.window is not None
-    first = min(int(kv_lens[seq]) - int(qo_indptr[seq + 1] - qo_indptr[seq]) + 1 for seq in run.seqs) - options.window
-    step = options.exact_split or options.block_n
-    begin = max(run.begin, first // step * step)
-    return Run(begin, run.end, run.seqs, run.is_open) if begin < run.end else None
-
-
-def choose_split(
-    lengths: npt.NDArray[np.int64], num_tiles: npt.NDArray[np.int64], num_programs: int, options: Options
-) -> int:
-    """Return the chunk length, in tokens, at which programs finish soonest by the costs given.
-
-    lengths, num_tiles: (num_runs,), tokens and row tiles of each run. Estimated time: rounds of items over the
-    programs, each the mean item plus the cost of starting it, and not less than the longest item.
-    """
-    longest = int(lengths.max())
-    best, best_time = options.min_split, float("inf")
-    split = options.min_split
-    while True:
-        chunks = -(-lengths // split)
-        count = int((chunks * num_tiles).sum()) * options.num_kv_heads
-        mean = float((lengths * num_tiles).sum()) * options.num_kv_heads / count
-        time = max(-(-count // num_programs) * (mean + options.item_tokens), min(split, longest))
-        if time < best_time:
-            best, best_time = split, time
-        if split >= longest:
-            return best
-        step = max(options.block_n, split // 4 // options.block_n * options.block_n)
-        split += step
 
 
 class _Builder:
@@ -215,11 +95,12 @@ class _Builder:
         self._rows: list[int] = []
         self.num_partials = 0
 
-    def items(self, runs: Sequence[Run], tile_rows: int, num_programs: int) -> Int32Array:
-        """Return the items of runs whose rows go into tiles of one size: (num_items, ITEM_FIELDS)."""
+    def items(self, runs: Sequence[Run], split: int, *, is_wide: bool) -> Int32Array:
+        """Return the items of runs whose rows go into tiles of one size, in chunks of about `split` tokens:
+        (num_items, ITEM_FIELDS)."""
         if not runs:
             return np.zeros((0, ITEM_FIELDS), dtype=np.int32)
-        per_tile = max(1, tile_rows // self._options.group)
+        per_tile = tokens_per_tile(self._options, is_wide=is_wide)
         tiles = []  # (run, first row, number of rows)
         for index, run in enumerate(runs):
             first = len(self._rows)
@@ -228,9 +109,9 @@ class _Builder:
             tiles += [
                 (index, row, min(per_tile, len(self._rows) - row)) for row in range(first, len(self._rows), per_tile)
             ]
-        return self._cut(runs, np.array(tiles, dtype=np.int64), num_programs)
+        return self._cut(runs, np.array(tiles, dtype=np.int64), split)
 
-    def _cut(self, runs: Sequence[Run], tiles: npt.NDArray[np.int64], num_programs: int) -> Int32Array:
+    def _cut(self, runs: Sequence[Run], tiles: npt.NDArray[np.int64], split: int) -> Int32Array:
         """Return one item for each tile and chunk; chunks of a run are equal, or end at fixed positions."""
         begins = np.array([run.begin for run in runs], dtype=np.int64)
         lengths = np.array([run.end for run in runs], dtype=np.int64) - begins
@@ -238,8 +119,7 @@ class _Builder:
         if options.exact_split is not None:
             chunk_len = np.full(len(runs), options.exact_split, dtype=np.int64)
         else:
-            num_tiles = np.bincount(tiles[:, 0], minlength=len(runs))
-            count = -(-lengths // choose_split(lengths, num_tiles, num_programs, options))
+            count = -(-lengths // split)
             chunk_len = -(-lengths // count // options.block_n) * options.block_n
         # a shared run in exact mode begins at a multiple of the split, so chunks counted from there end at such ones
         num_chunks = -(-lengths // chunk_len)

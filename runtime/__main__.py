@@ -284,7 +284,7 @@ def _build(
         in_flight,
         composer,
         epoch=epoch,
-        wire_stats=lambda: server.stats(),
+        wire_stats=lambda: {**server.stats(), **runner.figures()},
         on_compiled=journal.compiled if journal is not None else None,
     )
 

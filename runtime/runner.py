@@ -72,6 +72,11 @@ class Runner:
         self._token_by_token = exact and self.attention.implementation != "native"
         self._masks = Masks()
 
+    def figures(self) -> dict[str, int | float | str]:
+        """Return what is known of the device, for the runtime's stats: what its planner counts with."""
+        kernels = self.attention.kernels
+        return {} if kernels is None else kernels.options.costs.figures()
+
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[RowResult]:
         """Carry out the copies, compute all rows in one forward pass, sample and score.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from bough.kernels.attention import Attention
+from bough.kernels.calibration import calibrate
 from bough.kernels.paged_kv import QUANTISED_DTYPES
 from bough.kernels.triton_rows import TritonRows
 from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
@@ -217,10 +219,18 @@ def load_cuda_runner(
         dtype,
         device,
         exact=exact,
-        attention=attention,
+        attention=_calibrated(attention, pool, dtype),
         cuda_graphs=cuda_graphs,
         max_running=max_running,
     )
+
+
+def _calibrated(attention: Attention, pool: KVPool, dtype: torch.dtype) -> Attention:
+    """Return the attention with the costs of this device, which plans, and so captured steps, depend on."""
+    kernels = attention.kernels
+    assert kernels is not None
+    costs = calibrate(kernels, pool.layers[0], dtype)
+    return replace(attention, kernels=replace(kernels, options=replace(kernels.options, costs=costs)))
 
 
 def check_kv_dtype(kv_dtype: torch.dtype, capability: tuple[int, int]) -> None:

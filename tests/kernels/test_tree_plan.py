@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,16 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bough.kernels.segments import Segment, find_segments
-from bough.kernels.tree_plan import OPEN_END, Options, TreePlan, fold, plan_tree
+from bough.kernels.tree_costs import TreeCosts
+from bough.kernels.tree_plan import OPEN_END, TreePlan, plan_tree
+from bough.kernels.tree_runs import Options, fold, shortest
 
 PAGE = 4
 Sequences = list[tuple[list[int], int, int]]  # (pages, tokens, new tokens)
 
 
+def costs(**changes: float) -> TreeCosts:
+    """Return costs of a device whose programs read as fast in either tile, and again as fast as for the first time."""
+    plain = {
+        "item_tokens": 0.0, "wide_item_tokens": 0.0, "wide_token": 4 / 6, "again_token": 1.0, "partial_tokens": 1.0,
+        "launch_tokens": 0.0,
+    }  # fmt: skip
+    return TreeCosts(**{**plain, **changes})  # type: ignore[arg-type]
+
+
 def options(**changes: object) -> Options:
     small: dict[str, object] = {
         "num_kv_heads": 2, "group": 2, "num_programs": 6, "wide_programs": 4, "narrow_rows": 4, "wide_rows": 8,
-        "block_n": 4, "min_split": 8, "min_shared_tokens": 4, "partial_tokens": 1.0, "item_tokens": 2.0,
+        "block_n": 4, "min_split": 8, "min_shared_tokens": 4, "costs": costs(),
     }  # fmt: skip
     return Options(**{**small, **changes})  # type: ignore[arg-type]
 
@@ -156,21 +168,21 @@ def test_short_segments_are_read_by_each_branch_with_its_own_keys() -> None:
     """A segment pays where (branches - 1) times its tokens exceed what the partial results of its sequences cost."""
     segments = [Segment(0, 40, (0, 1, 2), -1), Segment(40, 50, (0,), 0), Segment(40, 60, (1,), 0),
                 Segment(40, 45, (2,), 0)]  # fmt: skip
-    kv_lens = np.array([50, 60, 45], np.int32)
+    kv_lens, indptr = np.array([50, 60, 45], np.int32), np.arange(4, dtype=np.int32)
 
     def runs(**changes: object) -> Sequence[tuple[int, int]]:
-        return [(run.begin, run.end) for run in fold(segments, kv_lens, options(**changes))]
+        return [(run.begin, run.end) for run in fold(segments, indptr, kv_lens, options(**changes))]
 
-    assert runs(partial_tokens=26.0) == [(0, 40), (40, 50), (40, 60), (40, 45)]  # 2 * 40 > 3 * 26
-    assert runs(partial_tokens=27.0) == [(0, 50), (0, 60), (0, 45)]
+    assert runs(costs=costs(partial_tokens=26.0)) == [(0, 40), (40, 50), (40, 60), (40, 45)]  # 2 * 40 > 3 * 26
+    assert runs(costs=costs(partial_tokens=27.0)) == [(0, 50), (0, 60), (0, 45)]
     assert runs(min_shared_tokens=41) == [(0, 50), (0, 60), (0, 45)]
     assert runs(exact_split=16) == [(0, 32), (32, 50), (32, 60), (32, 45)]
 
 
 def test_a_sequence_that_ends_inside_a_shared_segment_is_covered_when_that_is_not_shared() -> None:
     segments = [Segment(0, 40, (0, 1), -1), Segment(40, 80, (1,), 0)]
-    kv_lens = np.array([39, 80], np.int32)
-    assert [(r.begin, r.end, r.seqs) for r in fold(segments, kv_lens, options(share=False))] == [
+    kv_lens, indptr = np.array([39, 80], np.int32), np.arange(3, dtype=np.int32)
+    assert [(r.begin, r.end, r.seqs) for r in fold(segments, indptr, kv_lens, options(share=False))] == [
         (0, 39, (0,)), (0, 80, (1,)),
     ]  # fmt: skip
 
@@ -205,6 +217,64 @@ def test_growth_says_how_long_a_plan_stays_valid() -> None:
     assert plan_for(tree(3, 8, 0), options()).growth == 0  # no keys of their own: their first new ones need items
     lengths = [(pages, tokens - 1, 1) for pages, tokens, _ in tree(2, 8, 3)]  # 43 tokens: chunks end at 48
     assert plan_for(lengths, options(exact_split=8)).growth == 5
+
+
+EXPENSIVE = costs(item_tokens=500.0, wide_item_tokens=500.0, partial_tokens=200.0, launch_tokens=4000.0)
+CHEAP = costs(partial_tokens=0.0)
+
+
+def spans(given_sequences: Sequences, plan: TreePlan) -> list[list[tuple[int, int]]]:
+    """Return the stretches of positions whose partial results each token merges, in the order of the merge."""
+    visible = [tokens - new + 1 + i for _, tokens, new in given_sequences for i in range(new)]
+    items = np.concatenate([plan.narrow, plan.wide]).tolist()
+    of_part = {part_begin + i: (begin, end) for _, rows, _, begin, end, part_begin, *_ in items for i in range(rows)}
+    merged = [plan.merge_indices[begin:end].tolist() for begin, end in itertools.pairwise(plan.merge_indptr)]
+    return [
+        [(of_part[part][0], min(of_part[part][1], seen)) for part in parts]
+        for parts, seen in zip(merged, visible, strict=True)
+    ]
+
+
+@settings(deadline=None, max_examples=100)
+@given(sequences(), st.sampled_from([8, 12]))
+def test_in_exact_mode_the_sums_do_not_depend_on_the_costs(given_sequences: Sequences, exact_split: int) -> None:
+    """Which keys a partial result sums up, and in which order they are merged: with one tile size, that is all."""
+    plans = [plan_for(given_sequences, options(exact_split=exact_split, costs=each)) for each in (CHEAP, EXPENSIVE)]
+    first, second = (spans(given_sequences, plan) for plan in plans)
+    assert first == second
+    assert all(len(plan.wide) == 0 for plan in plans)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sequences(), st.sampled_from([CHEAP, EXPENSIVE, costs(launch_tokens=20.0), costs(again_token=0.1)]))
+def test_no_other_way_is_shorter_than_the_one_taken(given_sequences: Sequences, given_costs: TreeCosts) -> None:
+    qo_indptr, kv_indptr, kv_indices, kv_lens = arrays(given_sequences)
+    segments = find_segments(kv_indptr, kv_indices, kv_lens, PAGE, range(len(kv_lens)))
+    taken = shortest(segments, qo_indptr, kv_lens, options(costs=given_costs))
+    alone = shortest(segments, qo_indptr, kv_lens, options(costs=given_costs, share=False))
+    assert taken.duration <= alone.duration
+
+
+def is_shared(plan: TreePlan) -> bool:
+    return bool((np.concatenate([plan.narrow, plan.wide])[:, 1] > 1).any())
+
+
+def test_branches_read_a_prefix_by_themselves_where_that_takes_less_time() -> None:
+    forked = tree(6, 16, 4)  # 64 tokens for six, 16 of each
+    assert is_shared(plan_for(forked, options(costs=CHEAP)))
+    assert not is_shared(plan_for(forked, options(costs=EXPENSIVE)))
+    # Another branch's keys come from the cache: reading them again costs next to nothing.
+    assert not is_shared(plan_for(forked, options(costs=costs(again_token=0.01))))
+    longer = tree(6, 1600, 4)
+    assert is_shared(plan_for(longer, options(costs=EXPENSIVE)))
+
+
+def test_the_wide_tile_is_left_out_where_its_kernel_costs_more_than_it_saves() -> None:
+    forked = tree(3, 16, 4)  # three rows: two narrow tiles, or one wide one
+    assert len(plan_for(forked, options(costs=CHEAP)).wide)
+    without = plan_for(forked, options(costs=costs(partial_tokens=0.0, launch_tokens=30.0)))
+    assert len(without.wide) == 0
+    assert is_shared(without)
 
 
 def test_a_split_that_cuts_through_tiles_is_refused() -> None:

@@ -18,6 +18,7 @@ from bough.kernels.merge import merge_partials
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import dequantised, quantise
 from bough.kernels.reference import paged_attention as definition
+from bough.kernels.tree_costs import TreeCosts
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ATOL = 2e-6 if IS_INTERPRETED else 1e-5  # a GPU's exp2 is 2 units in the last place off, numpy's is not
@@ -41,6 +42,8 @@ MIXED: list[tuple[Path, int]] = [
     ((ROOT, ("extend", 20)), 17),
     ((("alone", 1),), 1),
 ]
+# Of a device that starts and merges for nothing, so that all is cut and shared that can be.
+FREE = TreeCosts(0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
 FEW = [MIXED[0], MIXED[2], *MIXED[4:6]]
 
 
@@ -52,7 +55,9 @@ def kernels_for(case: PagedCase, exact_split: int | None = None, **options: obje
     )  # fmt: skip
     narrow, wide = (replace(config, block_n=16) for config in (chosen.narrow, chosen.wide))
     prefill = replace(chosen.prefill, block_m=32, block_n=16, num_warps=4)
-    smaller = replace(chosen.options, block_n=16, min_split=32, min_shared_tokens=16, exact_split=exact_split)
+    smaller = replace(
+        chosen.options, block_n=16, min_split=32, min_shared_tokens=16, exact_split=exact_split, costs=FREE
+    )
     return replace(chosen, narrow=narrow, wide=wide, prefill=prefill, options=smaller)
 
 
@@ -94,6 +99,17 @@ def test_sharing_changes_nothing_but_rounding(page_size: int, share: bool, devic
     case = make_case(TREE, page_size=page_size)
     found = run_kernels(case, kernels_for(case, share=share), device)
     torch.testing.assert_close(found.double(), run_definition(case), atol=ATOL, rtol=0)
+
+
+def test_exact_bits_do_not_depend_on_the_costs(device: torch.device) -> None:
+    """Where everything that can be is shared, and where nothing is."""
+    case = make_case(TREE)
+    chosen = kernels_for(case, 32)
+    outputs = []
+    for costs in (FREE, replace(FREE, partial_tokens=1e6)):
+        options = replace(chosen.options, costs=costs)
+        outputs.append(run_kernels(case, replace(chosen, options=options), device))
+    assert torch.equal(outputs[0], outputs[1])
 
 
 def test_a_group_of_more_heads_than_a_tile_has_rows_takes_several(device: torch.device) -> None:
