@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bough.kernels import cpu_attention, native_attention
@@ -67,6 +68,13 @@ class Attention:
             layout.page_size,
             *heads,
         )
+
+    def narrow(self, plan: Plan, tokens: npt.NDArray[np.int64]) -> Plan | None:
+        """Return the plan of some queries of a step alone, `tokens` ascending; None where there is none but the whole.
+
+        Their results have the same bits as in the whole.
+        """
+        return native_attention.narrow(plan, tokens) if isinstance(plan, native_attention.Plan) else None
 
 
 def choose_attention(

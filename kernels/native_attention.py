@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from bough.kernels import reference
-from bough.kernels.layout import PagedLayout
+from bough.kernels.layout import Int32Array, PagedLayout
 from bough.kernels.native_library import LANES, native_library
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.units import Units, plan_units
@@ -66,10 +67,29 @@ def works(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) 
 
 def make_plan(layout: PagedLayout, units: Units, num_heads: int, num_kv_heads: int, head_dim: int) -> Plan:
     """Return the plan of a step. units: those of the layout; they may be another plan's, too."""
-    positions = layout.positions()
+    sizes = (num_heads, num_kv_heads, head_dim, layout.page_size)
+    return _plan(layout.kv_indices, layout.positions(), units, *sizes)
+
+
+def narrow(plan: Plan, tokens: npt.NDArray[np.int64]) -> Plan:
+    """Return the plan of some queries of a step alone, `tokens` ascending: of a q that has these only."""
+    args, (pages, positions, *_) = plan.args, plan.arrays
+    units = plan.units.of(tokens, len(positions))
+    return _plan(pages, positions[tokens], units, args.num_heads, args.num_kv_heads, args.dim, args.page_size)
+
+
+def _plan(
+    pages: Int32Array,
+    positions: Int32Array,
+    units: Units,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+) -> Plan:
     arrays = tuple(
         np.ascontiguousarray(array, dtype=np.int32)
-        for array in (layout.kv_indices, positions, units.rows, units.fields, units.levels)
+        for array in (pages, positions, units.rows, units.fields, units.levels)
     )
     acc = torch.empty(len(positions), num_heads, head_dim)
     stat = torch.empty(len(positions), num_heads, 2)
@@ -77,7 +97,7 @@ def make_plan(layout: PagedLayout, units: Units, num_heads: int, num_kv_heads: i
     args.acc, args.stat = acc.data_ptr(), stat.data_ptr()
     args.pages, args.positions, args.rows, args.units, args.levels = (array.ctypes.data for array in arrays)
     args.num_levels = len(units.levels) - 1
-    args.num_heads, args.num_kv_heads, args.dim, args.page_size = num_heads, num_kv_heads, head_dim, layout.page_size
+    args.num_heads, args.num_kv_heads, args.dim, args.page_size = num_heads, num_kv_heads, head_dim, page_size
     return Plan(units, arrays, acc, stat, args)
 
 

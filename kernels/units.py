@@ -46,6 +46,22 @@ class Units:
         """How many units end where their rows part."""
         return int((self.fields[:, 6] == 0).sum())
 
+    def of(self, tokens: npt.NDArray[np.int64], num_tokens: int) -> Units:
+        """Return the units with some of the `num_tokens` queries alone, `tokens` ascending, which are 0, 1, ... there.
+
+        What a row reads, and in which order, stays what it is.
+        """
+        place = np.full(num_tokens, -1, dtype=np.int32)
+        place[tokens] = np.arange(len(tokens), dtype=np.int32)
+        rows = place[self.rows]
+        is_kept = rows >= 0
+        kept_before = np.concatenate([[0], np.cumsum(is_kept)]).astype(np.int32)
+        fields = self.fields.copy()
+        fields[:, 3:5] = kept_before[fields[:, 3:5]]
+        is_used = fields[:, 3] < fields[:, 4]
+        used_before = np.concatenate([[0], np.cumsum(is_used)]).astype(np.int32)
+        return Units(rows[is_kept], fields[is_used], used_before[self.levels])
+
 
 def plan_units(layout: PagedLayout, *, share: bool = True) -> Units:
     """Return the units of a step. share: let sequences read the chunks they have in common together."""

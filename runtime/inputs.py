@@ -13,6 +13,22 @@ from bough.kernels.attention import Plan
 from bough.kernels.layout import PagedLayout
 from bough.runtime.batch import Batch, Row
 
+Narrow = Callable[[Plan, npt.NDArray[np.int64]], "Plan | None"]
+"""From the plan of a step to that of some of its tokens alone, ascending; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """Of which tokens the last layer is computed: no later layer reads the others, whose KV is all that is needed.
+
+    tokens: (num_kept,) int64 ascending, each token wanted once. wanted: (num_wanted,) int64, which of these each of
+    `StepInputs.wanted` is. attention: the plan of these alone, or None where only all can be attended together.
+    """
+
+    tokens: torch.Tensor
+    wanted: torch.Tensor
+    attention: Plan | None
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -23,6 +39,7 @@ class StepInputs:
     hidden states are needed: first one for each draw, then those of each row that scores, each once.
     sample_rows: the row of each draw; score_rows: the rows that score; both in the order of `wanted`.
     score_hidden: (num_scores,) int64 ascending, which of the hidden states that are for scores each score is read from.
+    last: of which tokens the last layer is computed, None: of all.
     """
 
     token_ids: torch.Tensor
@@ -34,15 +51,22 @@ class StepInputs:
     sample_rows: tuple[int, ...]
     score_rows: tuple[int, ...]
     score_hidden: npt.NDArray[np.int64]
+    last: LastLayer | None = None
 
 
 def build_inputs(
-    batch: Batch, page_size: int, plan: Callable[[PagedLayout], Plan], *, token_by_token: bool = False
+    batch: Batch,
+    page_size: int,
+    plan: Callable[[PagedLayout], Plan],
+    narrow: Narrow | None = None,
+    *,
+    token_by_token: bool = False,
 ) -> StepInputs:
     """Return the tensors of a batch with at least one row, each with at least one new token.
 
-    plan: how attention is planned. token_by_token: attend every token as a decode does, so that a token's bits do not
-    tell whether it was prefilled or drawn; for attention where they would.
+    plan: how attention is planned. narrow: how for some tokens alone; None: the last layer computes all tokens.
+    token_by_token: attend every token as a decode does, so that a token's bits do not tell whether it was prefilled or
+    drawn; for attention where they would.
     """
     rows = batch.rows
     num_new = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
@@ -70,17 +94,26 @@ def build_inputs(
     wanted, score_hidden = _wanted(rows, layout.qo_indptr, score_rows)
     if tries:
         layout = slot_layout(rows, layout)
+    attention = plan(_token_by_token(layout) if token_by_token else layout)
     return StepInputs(
         token_ids=torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64)),
         positions=torch.from_numpy(positions),
         slots=torch.from_numpy(page * page_size + offset),
         end_position=int(positions.max()) + 1,
-        attention=plan(_token_by_token(layout) if token_by_token else layout),
+        attention=attention,
         wanted=torch.from_numpy(wanted),
         sample_rows=sample_rows,
         score_rows=score_rows,
         score_hidden=score_hidden,
+        last=None if narrow is None else _last_layer(attention, wanted, len(positions), narrow),
     )
+
+
+def _last_layer(attention: Plan, wanted: npt.NDArray[np.int64], num_tokens: int, narrow: Narrow) -> LastLayer | None:
+    if len(wanted) == num_tokens:  # in a decode all are; that some may be there twice costs a prefill a little
+        return None
+    tokens, places = np.unique(wanted, return_inverse=True)
+    return LastLayer(torch.from_numpy(tokens), torch.from_numpy(places), narrow(attention, tokens))
 
 
 def slot_layout(rows: tuple[Row, ...], layout: PagedLayout) -> PagedLayout:

@@ -86,7 +86,9 @@ class Runner:
         self.pool.copy_pages(batch.copies)
         if not batch.rows:
             return []
-        inputs = build_inputs(batch, self.page_size, self.attention.plan, token_by_token=self._token_by_token)
+        inputs = build_inputs(
+            batch, self.page_size, self.attention.plan, self.attention.narrow, token_by_token=self._token_by_token
+        )
         hidden = self._forward(inputs)
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
         scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)

@@ -10,7 +10,7 @@ from bough.kernels.attention import Plan, paged_attention
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
-from bough.runtime.inputs import StepInputs
+from bough.runtime.inputs import LastLayer, StepInputs
 from bough.runtime.models.config import ModelConfig
 from bough.runtime.models.layers import DeviceLinear, Int8Linear, LinearPlan, Product, make_linear, plan_linear
 from bough.runtime.models.rope import RopeTable
@@ -61,11 +61,13 @@ class Llama:
         x = self._embedding.index_select(0, inputs.token_ids)
         rotation = Rotation(*self._rope.lookup(inputs.positions, inputs.end_position), inputs.slots)
         delta: torch.Tensor | None = None
-        for layer, kv in zip(self._layers, pool.layers, strict=True):
-            x, delta = layer.forward(x, delta, rotation, inputs.attention, kv)
+        last, wanted = inputs.last, inputs.wanted if inputs.last is None else inputs.last.wanted
+        for index, (layer, kv) in enumerate(zip(self._layers, pool.layers, strict=True), 1):
+            only = last if index == len(self._layers) else None
+            x, delta = layer.forward(x, delta, rotation, inputs.attention, kv, only)
         assert delta is not None, "a model has layers"
-        wanted = (x.index_select(0, inputs.wanted), delta.index_select(0, inputs.wanted))
-        return self._rows.add_norm(*wanted, self._norm, self.config.rms_eps)[1]
+        ends = (x.index_select(0, wanted), delta.index_select(0, wanted))
+        return self._rows.add_norm(*ends, self._norm, self.config.rms_eps)[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (num_rows, vocab_size) float32 logits of hidden states (num_rows, hidden_size)."""
@@ -99,17 +101,29 @@ class _Layer:
         rotation: Rotation,
         plan: Plan,
         kv: PagedKV,
+        only: LastLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x, delta), whose sum (num_tokens, hidden_size) is the layer's output; its input is likewise a sum.
 
-        The sum is left to the next norm, which reads it anyway. Writes the tokens' KV into the pages.
+        The sum is left to the next norm, which reads it anyway. Writes the tokens' KV into the pages. only: the tokens
+        whose output is needed; by default all.
         """
         w, rows, eps = self._weights, self._rows, self._eps
         x, normed = rows.add_norm(x, delta, w.norms[0], eps)
         q = rows.split_rotate_store(w.qkv(normed), kv, rotation, w.head_norms, eps)
-        attended = paged_attention(q, kv, plan, self._scale)
+        if only is None:
+            attended = paged_attention(q, kv, plan, self._scale)
+        else:
+            x, attended = x.index_select(0, only.tokens), self._attend(q, kv, plan, only)
+            if not len(x):
+                return x, x
         x, normed = rows.add_norm(x, w.out(attended.flatten(1)), w.norms[1], eps)
         return x, w.down(rows.gated_silu(w.gate_up(normed)))
+
+    def _attend(self, q: torch.Tensor, kv: PagedKV, plan: Plan, only: LastLayer) -> torch.Tensor:
+        if only.attention is None:
+            return paged_attention(q, kv, plan, self._scale).index_select(0, only.tokens)
+        return paged_attention(q.index_select(0, only.tokens), kv, only.attention, self._scale)
 
 
 class _Builder:

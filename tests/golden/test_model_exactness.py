@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from tiny_models import CONTEXT_LEN, Text, generate, logits, random_ids, texts, tiny_model
 
 from bough.runtime.batch import Batch, PageCopy
+from bough.runtime.inputs import build_inputs
 from bough.runtime.runner import Runner, load_runner
 
 DTYPES = ["float32", "bfloat16"]
@@ -41,6 +43,30 @@ def test_prefill_is_the_same_in_chunks(variant: str, dtype: str) -> None:
         (text,) = texts(device, [text.ids], seed=chunk)
         parts = [logits(device, text.row(8, chunk)) for _ in range(-(-150 // chunk))]
         assert torch.equal(torch.cat(parts), expected), chunk
+
+
+def test_the_last_layer_of_the_wanted_tokens_alone_is_that_of_all(variant: str, dtype: str) -> None:
+    device = runner(variant, dtype)
+    drawing, scoring, unread = texts(device, [random_ids(n, seed=n) for n in (140, 90, 20)])
+    at = np.array([0, 3, 88, 89], dtype=np.int32)
+    scores = msgspec.structs.replace(scoring.row(8), score_ids=scoring.ids[at], score_at=at)  # and draws: twice wanted
+    rows = (drawing.row(8), scores, msgspec.structs.replace(unread.row(8), sample=None))
+    plan, narrow = device.attention.plan, device.attention.narrow
+    with torch.inference_mode():
+        for together, kept in ((rows, 5), (rows[2:], 0), (rows[:1], 1)):
+            whole = build_inputs(Batch(together), 8, plan)
+            narrowed = build_inputs(Batch(together), 8, plan, narrow)
+            assert whole.last is None
+            assert narrowed.last is not None
+            assert len(narrowed.last.tokens) == kept
+            hidden, stored = [], []
+            for inputs in (whole, narrowed):
+                for kv in device.pool.layers:
+                    kv.k.zero_(), kv.v.zero_()
+                hidden.append(device.model.forward(inputs, device.pool))
+                stored.append(torch.stack([torch.stack((kv.k, kv.v)) for kv in device.pool.layers]))
+            assert torch.equal(*hidden)
+            assert torch.equal(*stored)
 
 
 def test_decode_is_the_same_alone_and_in_every_batch_size(variant: str, dtype: str) -> None:

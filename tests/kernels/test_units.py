@@ -86,6 +86,13 @@ def test_a_long_prefill_is_cut_into_units_that_see_no_further_than_they_may() ->
     ]
 
 
+def test_the_units_of_some_queries_read_what_those_of_all_read() -> None:
+    units = plan_units(layout_of([([1, 2, 3], 140, 12), ([1, 2, 4], 130, 2), ([1, 2, 5], 129, 1)]))
+    assert described(units.of(np.array([11, 14]), 15)) == [[((0, 1), 0, 1)], [((0,), 1, 2), ((1,), 1, 2)]]
+    assert described(units.of(np.array([12, 13]), 15)) == [[((0, 1), 0, 1)], [((0, 1), 1, 2)]]
+    assert described(units.of(np.array([], dtype=np.int64), 15)) == [[], []]
+
+
 def test_nothing_is_shared_when_it_is_not_wanted_or_pages_and_chunks_do_not_fit() -> None:
     sequences = [([1, 2, 3], 140, 1), ([1, 2, 4], 140, 1)]
     assert plan_units(layout_of(sequences), share=False).num_shared == 0
@@ -142,7 +149,9 @@ def test_every_row_reads_each_of_its_chunks_once_and_in_order(layout: PagedLayou
 @pytest.mark.skipif(not native_attention.works(4, 2, 64, torch.float32), reason="the compiled attention was not built")
 @given(trees(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([(4, 4, 16), (4, 2, 32), (6, 2, 80)]))
 @settings(deadline=None, max_examples=40)
-def test_sharing_changes_no_bit(layout: PagedLayout, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
+def test_sharing_and_leaving_out_queries_change_no_bit(
+    layout: PagedLayout, dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
     num_heads, num_kv_heads, head_dim = heads
     pages, places = np.unique(layout.kv_indices, return_inverse=True)
     layout = PagedLayout(
@@ -162,6 +171,10 @@ def test_sharing_changes_no_bit(layout: PagedLayout, dtype: torch.dtype, heads: 
         attention = choose_attention(*heads, dtype, torch.device("cpu"), "native", share=share)
         results.append(paged_attention(q, PagedKV(k, v), attention.plan(layout), head_dim**-0.5))
     assert torch.equal(*results)
+    wanted = np.flatnonzero(np.random.default_rng(0).random(len(q)) < 0.3)
+    some = attention.narrow(attention.plan(layout), wanted)
+    assert some is not None
+    assert torch.equal(paged_attention(q[wanted], PagedKV(k, v), some, head_dim**-0.5), results[0][wanted])
 
 
 @pytest.mark.skipif(not native_attention.works(4, 2, 64, torch.float32), reason="the compiled attention was not built")
