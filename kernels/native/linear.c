@@ -45,13 +45,20 @@ EXPORT int32_t bough_linear_kinds(void) {
 }
 
 WIDE INLINE void store_some(void *out, ptrdiff_t at, __m512 x, int count, const int is_bf16) {
+    if (count >= LANES && is_bf16) {
+        _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), (__m256i)_mm512_cvtneps_pbh(x));
+        return;
+    }
     if (count >= LANES) {
-        store(out, at, (vec)x, is_bf16);
+        store(out, at, (vec)x, 0);
         return;
     }
     char whole[64];
     const size_t width = is_bf16 ? 2 : 4;
-    store(whole, 0, (vec)x, is_bf16);
+    if (is_bf16)
+        _mm256_storeu_si256((__m256i *)whole, (__m256i)_mm512_cvtneps_pbh(x));
+    else
+        store(whole, 0, (vec)x, 0);
     memcpy((char *)out + (size_t)at * width, whole, (size_t)count * width);
 }
 
