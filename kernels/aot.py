@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bough.kernels import decode, draw, gated_silu, logits, merge, prefill, rms_norm, rope, store_kv
+from bough.kernels import decode, draw, filtered_draw, gated_silu, logits, merge, prefill, rms_norm, rope, store_kv
 from bough.kernels.tuning import SHARED_BYTES, Arch, AttentionConfig, decode_config, padded_head_dim, prefill_config
 
 ARCHS: tuple[Arch, ...] = ((8, 0), (9, 0))
@@ -59,6 +59,9 @@ LIMITS: dict[str, Limit] = {
     "penalise": Limit(64, 1 << 10),
     "draw": Limit(64, 4 << 10),
     "prepare_logits": Limit(64, 4 << 10),
+    "survey": Limit(128, 8 << 10),
+    "gather": Limit(128, 8 << 10),
+    "filtered": Limit(128, 4 << 10),
 }
 
 
@@ -172,6 +175,22 @@ def _layer_variants(arch: Arch) -> Iterator[Variant]:
         constants = {"VOCAB_SIZE": 128256, "BLOCK": logits.BLOCK}
         name, kernel = f"prepare_logits_{dtype}", logits.prepare_logits_kernel
         yield Variant(name, arch, kernel, {"logits": f"*{dtype}"} | types, constants, 4)
+    yield from _filter_variants(arch)
+
+
+def _filter_variants(arch: Arch) -> Iterator[Variant]:
+    rows = {"logits": "*fp32", "block_max": "*fp32", "block_sum": "*fp32", "rows": "*i32"}
+    tiers = {"tier_counts": "*i32", "tier_masses": "*fp32"}
+    filters = {"top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
+    found = {"candidates": "*i32", "num_candidates": "*i32"}
+    drawn = {"points": "*fp64", "tokens": "*i32"}
+    constants = {"VOCAB_SIZE": 128256, "NUM_BLOCKS": 126, "BLOCK_B": 128, "TIERS": filtered_draw.TIERS}
+    blocks = constants | {"BLOCK": logits.BLOCK}
+    yield Variant("survey", arch, filtered_draw.survey_kernel, rows | tiers, blocks, 8)
+    yield Variant("gather", arch, filtered_draw.gather_kernel, rows | tiers | filters | found, blocks, 8)
+    blocks = constants | {"BLOCK": filtered_draw.CANDIDATES, "WAYS": filtered_draw.WAYS}
+    kernel = filtered_draw.draw_filtered_kernel
+    yield Variant("filtered", arch, kernel, rows | filters | found | drawn, blocks, 8)
 
 
 def _kv_write_variants(arch: Arch, kv_dtype: str, largest: float, head_dim: int) -> Iterator[Variant]:

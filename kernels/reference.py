@@ -218,3 +218,20 @@ def draw(logits: torch.Tensor, temperatures: torch.Tensor, points: torch.Tensor)
     inverted = torch.searchsorted(ends, points.unsqueeze(1), right=True).squeeze(1)
     chosen = torch.where(temperatures > 0, inverted, logits.argmax(-1))
     return torch.where(logits.isneginf().all(-1), -1, chosen)
+
+
+def draw_filtered(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, points: torch.Tensor
+) -> torch.Tensor:
+    """Return (num_rows,) ids, drawn as `draw` does among the tokens that pass all of a row's filters.
+
+    logits: prepared, (num_rows, vocab_size). Tokens rank by probability, equals by id: the first top_k of them pass,
+    those before which less than top_p of the whole ranks, and those of at least min_p times the largest probability.
+    """
+    probs, order = logits.double().softmax(-1).sort(stable=True, dim=-1, descending=True)
+    before = probs.cumsum(-1) - probs
+    passes = (torch.arange(logits.shape[1]) < top_k.unsqueeze(1)) & (before < top_p.unsqueeze(1))
+    passes &= probs >= min_p.unsqueeze(1).double() * probs[:, :1]
+    kept = torch.zeros_like(probs).scatter(1, order, probs.where(passes, 0.0))
+    ends = kept.cumsum(-1)
+    return torch.searchsorted(ends, points.unsqueeze(1) * ends[:, -1:], right=True).squeeze(1)

@@ -37,8 +37,8 @@ def step_bytes(config: ModelConfig, element_bytes: int, token_budget: int, max_r
     kv_size = config.num_kv_heads * config.head_dim
     widest = 6 * config.hidden_size + 2 * q_size + 2 * kv_size + 3 * config.mlp_size
     logits = config.vocab_size * 4 * max(max_running, 128)  # 128 rows are scored at a time
-    # The logits, the prepared ones, and the float64 of those whose log-probabilities are asked for.
-    return token_budget * widest * element_bytes + 4 * logits + _LIBRARIES_BYTES
+    # The logits, the prepared ones, the float64 of those whose log-probabilities are asked for; the ids that pass.
+    return token_budget * widest * element_bytes + 5 * logits + _LIBRARIES_BYTES
 
 
 def pool_tokens(

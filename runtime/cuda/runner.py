@@ -46,8 +46,7 @@ class CudaRunner(Runner):
     `launch` only enqueues, so that the next step can be planned and launched while this one runs: rows may go on from
     tokens that are still on the device (`Row.drawn_by`), where they are copied into the next step's inputs. All runs in
     one stream, in the order of launches: the buffers of a step's inputs, and a graph's result, are written again only
-    behind what reads them. Host memory that is copied from has two places and an event for each. Only the filters of
-    top-k, top-p and min-p wait for the device.
+    behind what reads them. Host memory that is copied from has two places and an event for each.
     """
 
     def __init__(

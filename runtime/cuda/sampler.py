@@ -1,9 +1,9 @@
 """Logits -> tokens on the device: what `runtime.sampler` does, in the same order and with the same uniform numbers.
 
-Rows without top-k, top-p and min-p take three kernels (penalties, masks and temperature, the draw) and one copy of
-the tokens back. The others' filters are `runtime.sampler`'s, in PyTorch, on the device, which wait for it in between.
-Otherwise `begin` and `begin_scores` only enqueue; what comes back is copied behind the kernels that make it, and an
-event says when it is there, so that what is launched later does not delay it.
+Three kernels (penalties, masks and temperature, the draw) and one copy of the tokens back; three more where rows have
+top-k, top-p or min-p. `begin` and `begin_scores` only enqueue, whatever the requests ask for: they wait neither for the
+device nor for what it finds out. What comes back is copied behind the kernels that make it, and an event says when it
+is there, so that what is launched later does not delay it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy.typing as npt
 import torch
 
 from bough.kernels.draw import draw
+from bough.kernels.filtered_draw import draw_filtered
 from bough.kernels.logits import penalise, prepare_logits
 from bough.runtime import sampler
 from bough.runtime.batch import SampleRequest
 from bough.runtime.grammar.masks import Masks
+from bough.runtime.protocol import SamplingParams
 from bough.runtime.rng import uniforms
 
 _ALIGNMENT = 16  # bytes: Triton compiles a kernel anew for a pointer that is not a multiple of 16
@@ -93,23 +95,35 @@ def begin(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks)
     words, mask_rows = _masks(requests, masks, logits.shape[1])
     temperatures = np.array([p.temperature for p in params], dtype=np.float32)
     points = uniforms([r.seed for r in requests], [r.position for r in requests])
-    on_device = upload([points, temperatures, mask_rows, words], logits.device)
-    prepared, largest, total, likeliest = prepare_logits(logits, on_device[3], on_device[2], on_device[1])
-    tokens = draw(prepared, largest, total, likeliest, on_device[1], on_device[0])
+    arrays: list[npt.NDArray[np.generic]] = [points, temperatures, mask_rows, words, *_filters(params, logits.shape[1])]
+    on_points, on_temperatures, on_mask_rows, on_masks, *filters = upload(arrays, logits.device)
+    prepared, largest, total, likeliest = prepare_logits(logits, on_masks, on_mask_rows, on_temperatures)
+    tokens = draw(prepared, largest, total, likeliest, on_temperatures, on_points)
+    if filters:
+        rows, top_k, top_p, min_p = filters
+        draw_filtered(prepared, largest, total, rows, top_k, top_p, min_p, on_points, tokens)
     is_possible = tokens >= 0
     tokens = tokens.clamp(0, logits.shape[1] - 1)
-    filtered = [i for i, p in enumerate(params) if p.temperature > 0 and sampler.is_filtered(p)]
-    if filtered:
-        is_sound = _rows(finite & is_possible, filtered).unsqueeze(1)  # what is not must not lead to a wrong address
-        probs = _rows(prepared, filtered).where(is_sound, 0.0).softmax(-1)
-        chosen = sampler.invert(sampler.filtered_probs(probs, [params[i] for i in filtered]), points[filtered])
-        tokens.index_copy_(0, _index(filtered, logits.device).long(), chosen.to(torch.int32))
     logprobs = None
     if before is not None:
         most = max(p.logprobs or 0 for p in params)
         logprobs = Download(_told(before, _rows(tokens, telling), most))
     outcome = torch.stack([tokens, finite.to(torch.int32), is_possible.to(torch.int32)])
     return Drawing(tokens, Download(outcome), logprobs, requests)
+
+
+def _filters(params: Sequence[SamplingParams], vocab_size: int) -> list[npt.NDArray[np.generic]]:
+    """Return which rows are filtered, and every row's top_k, top_p and min_p as `draw_filtered` takes them."""
+    filtered = [i for i, p in enumerate(params) if p.temperature > 0 and sampler.is_filtered(p)]
+    if not filtered:
+        return []
+    return [
+        np.array(filtered, dtype=np.int32),
+        np.array([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], dtype=np.int32),
+        # 1 is off: rounding in the sum must not cut the tail.
+        np.array([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=np.float64),
+        np.array([p.min_p for p in params], dtype=np.float32),
+    ]
 
 
 def _told(logprobs: torch.Tensor, tokens: torch.Tensor, most: int) -> torch.Tensor:

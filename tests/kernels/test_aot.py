@@ -34,6 +34,9 @@ REPRESENTATIVES = [
     "sm_90 rotate_and_store_d80_bf16_g1",
     "sm_90 penalise",
     "sm_90 draw",
+    "sm_90 survey",
+    "sm_80 gather",
+    "sm_90 filtered",
 ]
 
 
