@@ -13,7 +13,8 @@ from pathlib import Path
 from processes import START_S, end
 
 SLOW = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from bough.runtime.models.weights import Weights
 read = Weights._read
 

@@ -133,9 +133,11 @@ def test_a_program_goes_on_where_it_was(lives: Lives, client: RuntimeClient) -> 
     assert forks[0]["z"] == "one two three"
     peer = lives.peer(1)
     peer.expect(9)
-    assert names(peer)[:9] == [
-        "Hello", "Open", "Extend", "Extend", "Fork", "Extend", "Extend", "Generate", "Extend",
-    ]  # fmt: skip
+    assert names(peer)[:5] == ["Hello", "Open", "Extend", "Extend", "Fork"]
+    after_fork: dict[int, list[str]] = {}  # branches among each other go on in any order
+    for request in peer.requests[5:9]:
+        after_fork.setdefault(request.branch, []).append(type(request).__name__)  # type: ignore[union-attr]
+    assert sorted(after_fork.values(), key=len) == [["Extend"], ["Extend", "Extend", "Generate"]]
     assert peer.requests[3].parts == [protocol.Tokens(0)]  # type: ignore[union-attr]
     assert s.text() == "<user>hi</>one two three"
     assert client.welcome.epoch == client.server_info()["epoch"] == epoch + 1
