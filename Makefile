@@ -14,8 +14,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?= --quick
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard kernels/native/*) # compiled when the package is installed
-SOURCES := lang runtime kernels tests examples benchmarks
+NATIVE := setup.py $(wildcard kernels/native/*) # compiled when the package is installed
+SOURCES := setup.py lang runtime kernels tests examples benchmarks
 
 .PHONY: demo test kernels check format pocket pocket-eval bench clean
 
