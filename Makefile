@@ -1,5 +1,5 @@
 # make demo    a fresh machine -> a program running on its own runtime, offline with the bundled model
-# make test    the whole suite
+# make test    the whole suite, two files at a time (TEST_PROCESSES)
 # make kernels compile every GPU kernel ahead of time (minutes) and hold it to its limits
 # make bench   a minute of bough beside its peers; BENCH_ARGS="--budget 480 --save" for figures to quote
 # make check   what CI checks besides the tests: format, lint, types, layering
@@ -11,10 +11,14 @@ PYTHON ?= python3
 VENV_ARGS ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?= --quick
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard kernels/native/*) # compiled when the package is installed
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE # spinning threads and two cores do not go together
+# Whole files, in their order: what a module's tests share is made once, and the longest tests do not come last.
+TEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 SOURCES := setup.py lang runtime kernels tests examples benchmarks
 
 .PHONY: demo test kernels check format pocket pocket-eval bench clean
@@ -23,7 +27,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $(PYTEST_ARGS) # spinning threads and two cores do not go together
+	$(TEST_ENV) $(BIN)/pytest $(TEST_SPREAD) $(PYTEST_ARGS)
 
 kernels: $(VENV)/.installed-dev
 	$(BIN)/python -P -m bough.kernels.aot
