@@ -22,8 +22,8 @@ _BYTES: Final = 2
 _MOST_IN: Final = 1 << 16  # so many products of a byte and an int8 are below 2^31
 
 
-class _Layer(ctypes.Structure):
-    """The struct of the same name in native/linear.c."""
+class LayerArgs(ctypes.Structure):
+    """The struct `Layer` of native/step.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "scales", "offset")),
@@ -36,9 +36,10 @@ class NativeLinear:
     """x -> x Wᵀ + b for x (num_rows, in_size), on a packed copy of the weights; made by the functions below."""
 
     def __init__(self, kind: int, packed: torch.Tensor, shape: torch.Size, *outputs: torch.Tensor | None) -> None:
+        self.is_bfloat16 = kind == _BF16  # the weights
         self._kind = kind
         self._run = native_library().bough_linear
-        self._out_size, self._in_size = shape
+        self.out_size, self.in_size = shape
         self._kept = (packed, *outputs)  # what the addresses point to
         self._addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in self._kept)
 
@@ -46,7 +47,7 @@ class NativeLinear:
         """Return (num_rows, out_size), like x."""
         assert x.is_contiguous(), "arrays are read in place"
         num_rows, is_bf16 = len(x), x.dtype == torch.bfloat16
-        out = x.new_empty(num_rows, self._out_size)
+        out = x.new_empty(num_rows, self.out_size)
         room: tuple[int | None, int | None] = (None, None)
         if self._kind == _BYTES:
             assert is_bf16 or x.dtype == torch.float32, "the dtypes of activations on a CPU"
@@ -54,9 +55,17 @@ class NativeLinear:
             room = units.data_ptr(), scales.data_ptr()
         else:
             assert is_bf16, "the weights' dtype"
-        sizes = (num_rows, self._in_size, self._out_size, self._kind, is_bf16)
-        self._run(ctypes.byref(_Layer(x.data_ptr(), *self._addresses, *room, out.data_ptr(), *sizes)))
+        self._run(ctypes.byref(self._arguments(x, out, *room)))
         return out
+
+    def arguments(self, x: torch.Tensor, out: torch.Tensor) -> LayerArgs:
+        """Return what compiled code takes to write the product into `out`; for weights in bfloat16."""
+        assert self.is_bfloat16, "others need room for the units of x"
+        return self._arguments(x, out, None, None)
+
+    def _arguments(self, x: torch.Tensor, out: torch.Tensor, units: int | None, scales: int | None) -> LayerArgs:
+        sizes = (len(x), self.in_size, self.out_size, self._kind, x.dtype == torch.bfloat16)
+        return LayerArgs(x.data_ptr(), *self._addresses, units, scales, out.data_ptr(), *sizes)
 
 
 def bfloat16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear | None:

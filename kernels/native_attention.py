@@ -29,8 +29,8 @@ _MAX_HEAD_DIM: Final = 256
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
-class _Args(ctypes.Structure):
-    """The struct of the same name in native/attention.c."""
+class AttentionArgs(ctypes.Structure):
+    """The struct `Args` of native/attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scales", "v_scales", "out", "acc", "stat")),
@@ -45,14 +45,14 @@ class _Args(ctypes.Structure):
 class Plan:
     """One step's work, and the memory that its layers take turns in.
 
-    arrays: what `_args` points into. acc: (num_tokens, num_heads, head_dim) float32; stat: (num_tokens, num_heads, 2).
+    arrays: what `args` points into. acc: (num_tokens, num_heads, head_dim) float32; stat: (num_tokens, num_heads, 2).
     """
 
     units: Units
     arrays: tuple[Any, ...]
     acc: torch.Tensor
     stat: torch.Tensor
-    args: _Args
+    args: AttentionArgs
 
 
 def works(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -93,7 +93,7 @@ def _plan(
     )
     acc = torch.empty(len(positions), num_heads, head_dim)
     stat = torch.empty(len(positions), num_heads, 2)
-    args = _Args()
+    args = AttentionArgs()
     args.acc, args.stat = acc.data_ptr(), stat.data_ptr()
     args.pages, args.positions, args.rows, args.units, args.levels = (array.ctypes.data for array in arrays)
     args.num_levels = len(units.levels) - 1
@@ -109,12 +109,17 @@ def run(q: torch.Tensor, kv: PagedKV, plan: Plan, scale: float) -> torch.Tensor:
     assert q.is_contiguous(), "arrays are read in place"
     assert kv.k.dtype in (q.dtype, torch.int8), "queries and KV are of one type, or KV is int8"
     out = torch.empty_like(q)
-    args = plan.args
+    args = arguments(plan, q.dtype == torch.bfloat16, scale)
     args.q, args.k, args.v, args.out = q.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), out.data_ptr()
     args.k_scales, args.v_scales = (None if x is None else x.data_ptr() for x in (kv.k_scales, kv.v_scales))
-    args.is_bf16, args.scale = q.dtype == torch.bfloat16, scale
     library.bough_attention(ctypes.byref(args))
     return out
+
+
+def arguments(plan: Plan, is_bf16: bool, scale: float) -> AttentionArgs:
+    """Return what compiled code takes, but for queries, keys, values and the result: those are a layer's."""
+    plan.args.is_bf16, plan.args.scale = is_bf16, scale
+    return plan.args
 
 
 @functools.cache

@@ -17,11 +17,12 @@ log = logging.getLogger(__name__)
 
 LANES: Final = 16
 """Sizes of rows and heads must be multiples of this."""
-VERSION: Final = 5
+VERSION: Final = 6
 """Of the structs that the functions take; a library built before they changed must not be called."""
 _FUNCTIONS: Final = (
     "bough_attention",
     "bough_add_rms_norm",
+    "bough_decoder_step",
     "bough_gated_silu",
     "bough_linear",
     "bough_split_rotate_store",

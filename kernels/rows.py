@@ -124,8 +124,8 @@ def _rotated(heads: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
 
 
-class _Split(ctypes.Structure):
-    """The struct of the same name in native/rows.c."""
+class SplitArgs(ctypes.Structure):
+    """The struct `Split` of native/step.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("qkv", "q_weight", "k_weight", "cosine", "sine", "slots")),
@@ -133,6 +133,21 @@ class _Split(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_tokens", "num_heads", "num_kv_heads", "dim", "is_bf16")),
         ("eps", ctypes.c_float),
     )
+
+    @classmethod
+    def of(
+        cls,
+        qkv: torch.Tensor,
+        kv: PagedKV,
+        rotation: Rotation | None,
+        norms: HeadNorms | None,
+        q: torch.Tensor,
+        eps: float,
+    ) -> SplitArgs:
+        """Return the arguments that write the rotated queries into q; without a rotation, that is to be filled in."""
+        tensors = (qkv, *(norms or (None, None)), *(rotation or (None,) * 3), q, kv.k, kv.v, kv.k_scales, kv.v_scales)
+        sizes = (len(qkv), q.shape[1], kv.num_kv_heads, kv.head_dim, qkv.dtype == torch.bfloat16)
+        return cls(*(None if t is None else t.data_ptr() for t in tensors), *sizes, eps)
 
 
 class NativeRows:
@@ -163,13 +178,7 @@ class NativeRows:
         num_kv_heads, head_dim = kv.num_kv_heads, kv.head_dim
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         q = torch.empty(len(qkv), num_heads, head_dim, dtype=qkv.dtype)
-        q_weight, k_weight = (None, None) if norms is None else norms
-        tensors = (qkv, q_weight, k_weight, *rotation, q, kv.k, kv.v, kv.k_scales, kv.v_scales)
-        split = _Split(
-            *(None if t is None else t.data_ptr() for t in tensors),
-            *(len(qkv), num_heads, num_kv_heads, head_dim, qkv.dtype == torch.bfloat16, eps),
-        )
-        self._library.bough_split_rotate_store(ctypes.byref(split))
+        self._library.bough_split_rotate_store(ctypes.byref(SplitArgs.of(qkv, kv, rotation, norms, q, eps)))
         return q
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:

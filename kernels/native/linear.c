@@ -5,29 +5,13 @@
  * panel is one stream of memory; TILE rows pass over it at a time, which is as many sums as there are registers for.
  */
 
-#include "vectors.h"
-
-/* What `bough_linear_kinds` tells, by bits, and what a layer says it is. */
-enum { LINEAR_BF16 = 1, LINEAR_BYTES = 2 };
+#include "step.h"
 
 #define PANEL 64
 #define VECS (PANEL / LANES)
 
 /* Rows of x that are done at a time are at most this many bytes: with a panel they stay in a core's cache. */
 #define NEAR_BYTES (512 << 10)
-
-typedef struct {
-    const void *x;         /* (num_rows, in_size) */
-    const void *weight;    /* panels of it, the last one filled up */
-    const float *bias;     /* (out_size filled up to whole panels,) or none */
-    const float *scales;   /* of bytes: of each output, like bias */
-    const int32_t *offset; /* of bytes: 128 times the sum of each output's weights, like bias */
-    uint8_t *units;        /* of bytes: (num_rows, in_size), room for x as bytes, 128 more than the number */
-    float *row_scales;     /* of bytes: (num_rows,), room */
-    void *out;             /* (num_rows, out_size) */
-    int32_t num_rows, in_size, out_size, kind;
-    int32_t is_bf16; /* of x and out */
-} Layer;
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 

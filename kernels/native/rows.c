@@ -2,10 +2,10 @@
 
 #include <math.h>
 
-#include "vectors.h"
+#include "step.h"
 
-/* Of the structs here and in attention.c: native_library.py's VERSION. */
-EXPORT int32_t bough_version(void) { return 5; }
+/* Of the structs of step.h, attention.h and step.c: native_library.py's VERSION. */
+EXPORT int32_t bough_version(void) { return 6; }
 
 /* Fewer elements than this are done by the calling thread: to wake another takes longer. */
 #define WORTH_A_THREAD 32768
@@ -89,22 +89,6 @@ INLINE void quantise(const void *in, ptrdiff_t from, int8_t *out, ptrdiff_t to, 
     const float divisor = *scale > 0.0f ? *scale : 1.0f;
     for (int i = 0; i < dim; i += LANES) store_bytes(out, to + i, load(in, from + i, is_bf16) / divisor);
 }
-
-typedef struct {
-    const void *qkv;         /* (num_tokens, num_heads + 2 * num_kv_heads, dim) */
-    const void *q_weight;    /* (dim,) of the norm of each query head, or none */
-    const void *k_weight;
-    const float *cosine;     /* (num_tokens, dim / 2) */
-    const float *sine;
-    const int64_t *slots;    /* (num_tokens,) */
-    void *q;                 /* (num_tokens, num_heads, dim) */
-    void *k;                 /* (num_slots, num_kv_heads, dim), like q or bytes */
-    void *v;
-    float *k_scales;         /* (num_slots, num_kv_heads) where keys and values are bytes, else none */
-    float *v_scales;
-    int32_t num_tokens, num_heads, num_kv_heads, dim, is_bf16;
-    float eps;
-} Split;
 
 INLINE void split_row(const Split *s, int row, const int is_bf16, const int is_quantised) {
     const int dim = s->dim, heads = s->num_heads, kv_heads = s->num_kv_heads;

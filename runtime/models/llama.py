@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import torch
 
+from bough.kernels import native_attention
 from bough.kernels.attention import Plan, paged_attention
+from bough.kernels.linear import NativeLinear
+from bough.kernels.native_step import MOST_ROWS, LayerParts, NativeStep
 from bough.kernels.paged_kv import PagedKV
-from bough.kernels.rows import HeadNorms, Rotation, RowOps, choose_rows
+from bough.kernels.rows import HeadNorms, NativeRows, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import LastLayer, StepInputs
 from bough.runtime.models.config import ModelConfig
@@ -49,6 +52,7 @@ class Llama:
         self._norm = build.norm("model.norm")
         self._rows = build.rows
         self._head = build.head(self._embedding)
+        self._small_step = _small_step(config, self._layers, self._rows)
         self._rope = RopeTable(config.rope, config.head_dim, device)
         if parts is not None:
             self._rope.reserve(config.context_len)
@@ -60,14 +64,25 @@ class Llama:
         """
         x = self._embedding.index_select(0, inputs.token_ids)
         rotation = Rotation(*self._rope.lookup(inputs.positions, inputs.end_position), inputs.slots)
-        delta: torch.Tensor | None = None
-        last, wanted = inputs.last, inputs.wanted if inputs.last is None else inputs.last.wanted
-        for index, (layer, kv) in enumerate(zip(self._layers, pool.layers, strict=True), 1):
-            only = last if index == len(self._layers) else None
-            x, delta = layer.forward(x, delta, rotation, inputs.attention, kv, only)
-        assert delta is not None, "a model has layers"
+        plan, last = inputs.attention, inputs.last
+        is_small = last is None and len(x) <= MOST_ROWS
+        if self._small_step is not None and is_small and isinstance(plan, native_attention.Plan):
+            x, delta = self._small_step.run(x, rotation, plan, pool.layers)
+        else:
+            x, delta = self._forward_layers(x, rotation, inputs, pool)
+        wanted = inputs.wanted if last is None else last.wanted
         ends = (x.index_select(0, wanted), delta.index_select(0, wanted))
         return self._rows.add_norm(*ends, self._norm, self.config.rms_eps)[1]
+
+    def _forward_layers(
+        self, x: torch.Tensor, rotation: Rotation, inputs: StepInputs, pool: KVPool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        delta: torch.Tensor | None = None
+        for index, (layer, kv) in enumerate(zip(self._layers, pool.layers, strict=True), 1):
+            only = inputs.last if index == len(self._layers) else None
+            x, delta = layer.forward(x, delta, rotation, inputs.attention, kv, only)
+        assert delta is not None, "a model has layers"
+        return x, delta
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (num_rows, vocab_size) float32 logits of hidden states (num_rows, hidden_size)."""
@@ -124,6 +139,23 @@ class _Layer:
         if only.attention is None:
             return paged_attention(q, kv, plan, self._scale).index_select(0, only.tokens)
         return paged_attention(q.index_select(0, only.tokens), kv, only.attention, self._scale)
+
+    def native_parts(self) -> LayerParts | None:
+        """Return the weights, if all products are compiled ones in bfloat16."""
+        w = self._weights
+        products = [p for p in (w.qkv, w.out, w.gate_up, w.down) if isinstance(p, NativeLinear) and p.is_bfloat16]
+        if len(products) < 4:
+            return None
+        qkv, out, gate_up, down = products
+        return LayerParts(w.norms, qkv, w.head_norms, out, gate_up, down)
+
+
+def _small_step(config: ModelConfig, layers: list[_Layer], rows: RowOps) -> NativeStep | None:
+    """Return compiled code's way through all layers at once, None where parts of them are not compiled."""
+    parts = [part for layer in layers if (part := layer.native_parts()) is not None]
+    if not isinstance(rows, NativeRows) or len(parts) < len(layers):
+        return None
+    return NativeStep(parts, config.head_dim, config.rms_eps, config.head_dim**-0.5)
 
 
 class _Builder:
