@@ -17,13 +17,14 @@ log = logging.getLogger(__name__)
 
 LANES: Final = 16
 """Sizes of rows and heads must be multiples of this."""
-VERSION: Final = 6
+VERSION: Final = 7
 """Of the structs that the functions take; a library built before they changed must not be called."""
 _FUNCTIONS: Final = (
     "bough_attention",
     "bough_add_rms_norm",
     "bough_decoder_step",
     "bough_gated_silu",
+    "bough_likeliest",
     "bough_linear",
     "bough_split_rotate_store",
 )

@@ -130,7 +130,10 @@ class Runner:
         if not requests:
             return {}
         draws: dict[int, list[sampler.Draw]] = {}
-        drawn = self._draw(self.model.logits(hidden), requests)
+        if all(map(sampler.is_greedy, requests)):
+            drawn = sampler.greedy(self.model.raw_logits(hidden))
+        else:
+            drawn = self._draw(self.model.logits(hidden), requests)
         for i, draw in zip(inputs.sample_rows, drawn, strict=True):
             draws.setdefault(i, []).append(draw)
         return draws
@@ -181,6 +184,8 @@ def row_result(row: Row, draws: list[sampler.Draw] | None, scores: npt.NDArray[n
         scores = np.zeros(0)
     if draws is None:
         return RowResult(score_logprobs=scores)
+    if not row.draft:
+        return _drawn(draws[0], scores)
     drafted = row.token_ids[len(row.token_ids) - row.draft :].tolist()
     num_true = next((i for i, token in enumerate(drafted) if draws[i].token != token), row.draft)
     further = tuple(_drawn(draw) for draw in draws[1 : 1 + num_true])

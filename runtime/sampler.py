@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from bough.kernels.likeliest import likeliest
 from bough.runtime.batch import IntArray, SampleRequest
 from bough.runtime.grammar.masks import Masks
 from bough.runtime.protocol import SamplingParams
@@ -61,6 +62,23 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleRequest], masks: Masks
         rows = logits if len(drawn) == len(requests) else logits.index_select(0, torch.tensor(drawn))
         tokens[drawn] = _draw(rows, [requests[i] for i in drawn])
     return [result(int(tokens[i]), logprobs.get(i), params[i].logprobs) for i in range(len(requests))]
+
+
+def greedy(logits: torch.Tensor) -> list[Draw]:
+    """Return the lowest of the likeliest ids of each row: what `sample` draws where `is_greedy` holds for all requests.
+
+    logits: (num_rows, vocab_size) in any float dtype. Raises FloatingPointError naming a row that is not finite.
+    """
+    tokens = likeliest(logits).tolist()
+    if -1 in tokens:
+        raise FloatingPointError(f"the model gave logits that are not finite in row {tokens.index(-1)}")
+    return [Draw(token) for token in tokens]
+
+
+def is_greedy(request: SampleRequest) -> bool:
+    """Tell whether a draw is the likeliest token by the model's own logits, and nothing else is asked for."""
+    p = request.params
+    return p.temperature == 0 and p.logprobs is None and request.constraint is None and not is_modified(request)
 
 
 def score(

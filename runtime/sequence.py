@@ -204,7 +204,13 @@ class Sequence:
 
         Raises RequestError, with nothing appended, if a grammar cannot go on.
         """
-        tokens = [token] if self.constraint is None else self.constraint.advance(token)
+        if self.constraint is None:
+            self.tokens.append(token)
+            self.goal += 1
+            self.prefill_until = self.goal - 1
+            self.num_jumped = 0
+            return (token,)
+        tokens = self.constraint.advance(token)
         self.tokens.extend(tokens)
         self.goal += len(tokens)
         self.prefill_until = self.goal - 1

@@ -4,8 +4,8 @@
 
 #include "step.h"
 
-/* Of the structs of step.h, attention.h and step.c: native_library.py's VERSION. */
-EXPORT int32_t bough_version(void) { return 6; }
+/* Of the functions and of the structs of step.h, attention.h and step.c: native_library.py's VERSION. */
+EXPORT int32_t bough_version(void) { return 7; }
 
 /* Fewer elements than this are done by the calling thread: to wake another takes longer. */
 #define WORTH_A_THREAD 32768

@@ -88,6 +88,10 @@ class Llama:
         """Return (num_rows, vocab_size) float32 logits of hidden states (num_rows, hidden_size)."""
         return self._head(hidden).float()
 
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `logits` in the model's dtype."""
+        return self._head(hidden)
+
 
 class _LayerWeights(NamedTuple):
     """One decoder layer's weights; norms (hidden_size,) before attention and before the MLP."""

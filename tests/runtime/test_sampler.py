@@ -12,7 +12,7 @@ import torch
 from bough.runtime.batch import SampleRequest
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.rng import uniforms
-from bough.runtime.sampler import sample, score
+from bough.runtime.sampler import greedy, is_greedy, sample, score
 
 VOCAB_SIZE = 50
 
@@ -199,3 +199,17 @@ def test_logits_that_are_not_finite_name_their_row(value: float) -> None:
 def test_forbidding_every_token_is_an_error(temperature: float) -> None:
     with pytest.raises(FloatingPointError, match="row 0"):
         sample(torch.zeros(1, 4), [request(temperature=temperature, forbidden=(0, 1, 2, 3))])
+
+
+def test_plain_greedy_requests_are_drawn_by_one_look_at_the_logits() -> None:
+    logits = random_logits(9)
+    plain = [request(temperature=0.0)] * 9
+    assert all(map(is_greedy, plain))
+    assert greedy(logits.bfloat16()) == sample(logits.bfloat16().float(), plain)
+    others: list[dict[str, Any]] = [{"logprobs": 0}, {"logit_bias": {3: 1.0}}, {"presence_penalty": 0.1}]
+    assert not any(is_greedy(request(temperature=0.0, **other)) for other in others)
+    assert not is_greedy(request(temperature=0.5))
+    assert not is_greedy(request(temperature=0.0, forbidden=(4,)))
+    logits[5, 7] = float("inf")
+    with pytest.raises(FloatingPointError, match="not finite in row 5"):
+        greedy(logits)
