@@ -5,6 +5,7 @@ Each runs in a process of its own (hosting.py) and is told token ids, so none pa
 
 from __future__ import annotations
 
+import inspect
 import logging as python_logging
 import threading
 import time
@@ -122,28 +123,34 @@ class ContinuousBatching:
     """The continuous batching of `transformers`, with its sharing of prefix blocks, and its pages as small as bough's.
 
     A manager per run, so that each begins cold; making it is not timed. It scores no choices and says nothing of hits.
+    model: a checkpoint, or torch and a network that is there already. cuda_graphs: None leaves it to the library.
     """
 
-    def __init__(self, model: Path, *, pool_tokens: int, page_size: int = 16) -> None:
-        self._torch, self._model = _load(model)
+    def __init__(
+        self, model: Path | tuple[Any, Any], *, pool_tokens: int, page_size: int = 16, cuda_graphs: bool | None = False
+    ) -> None:
+        self._torch, self._model = _load(model) if isinstance(model, Path) else model
+        self._cuda_graphs = cuda_graphs
+        self._ends_at: float | None = None
         self._pool_tokens, self._page_size = pool_tokens, page_size
         self._manager: Any = None
         self._numbers = count()
         self._open: dict[str, tuple[Call, Future[Call]]] = {}
 
-    def run(self, trace: Trace) -> Run:
-        """Carry the trace out."""
+    def run(self, trace: Trace, seconds: float | None = None) -> Run:
+        """Carry the trace out. Raises RuntimeError if it takes longer than `seconds`."""
         import transformers
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         if trace.selects:
             raise NotPossible("continuous batching scores no choices")
-        config = ContinuousBatchingConfig(
-            page_size=self._page_size,
-            num_blocks=self._pool_tokens // self._page_size,
-            max_batch_tokens=1024,
-            use_cuda_graph=False,
-        )
+        known = inspect.signature(ContinuousBatchingConfig).parameters
+        pages = "page_size" if "page_size" in known else "block_size"  # in older versions
+        graphs = {} if self._cuda_graphs is None else {"use_cuda_graph": self._cuda_graphs}
+        num_blocks = self._pool_tokens // self._page_size
+        options: dict[str, Any] = {pages: self._page_size, "num_blocks": num_blocks, "max_batch_tokens": 1024, **graphs}
+        config = ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
+        self._open.clear()
         library: Any = transformers  # parts of it have no types
         greedy = library.GenerationConfig(do_sample=False, eos_token_id=-1)
         self._manager = self._model.init_continuous_batching(greedy, config)
@@ -151,6 +158,7 @@ class ContinuousBatching:
         reader = threading.Thread(target=self._read, daemon=True)
         try:
             self._warm_up()
+            self._ends_at = None if seconds is None else time.monotonic() + seconds
             reader.start()
             return carry_out(trace, self._start)
         finally:
@@ -182,6 +190,9 @@ class ContinuousBatching:
         manager = self._manager
         while manager.is_running():
             result = manager.get_result(timeout=0.05)
+            if self._ends_at is not None and time.monotonic() >= self._ends_at:
+                self._fail(f"not done: {len(self._open)} requests were left when its time was over")
+                return
             if result is None:
                 if (error := manager.background_thread_status.fatal_error) is not None:
                     self._fail(f"continuous batching stopped: {error}")

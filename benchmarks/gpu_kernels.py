@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from gpu_report import Clock, Row
 
 from bough.kernels import reference
 from bough.kernels.attention import choose_attention
+from bough.kernels.calibration import calibrate
 from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, choose_kernels, plan_step, run
 from bough.kernels.draw import draw
 from bough.kernels.gated_silu import gated_silu
@@ -23,6 +25,7 @@ from bough.kernels.logits import BLOCK, prepare_logits
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.rms_norm import rms_norm
 from bough.kernels.rope import rotate_and_store
+from bough.kernels.tree_costs import ESTIMATED, TreeCosts
 
 PAGE_SIZE = 16
 
@@ -108,11 +111,26 @@ def prepared(
     return buffers, Launches.of(plan)
 
 
-def attention_of(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device, share: bool) -> Kernels:
-    """Return the kernels of a shape on this device."""
+def attention_of(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    share: bool,
+    costs: TreeCosts = ESTIMATED,
+) -> Kernels:
+    """Return the kernels of a shape on this device, planned by `costs`."""
     chosen = choose_attention(heads, kv_heads, dim, dtype, device, "triton", share=share).kernels
     assert chosen is not None
-    return chosen
+    return replace(chosen, options=replace(chosen.options, costs=costs))
+
+
+def measured_costs(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> TreeCosts:
+    """Return what tree attention costs, as a runtime finds it when it loads a model of these heads."""
+    num_pages = 64 if device.type == "cpu" else 6400  # some hundred MB: more than the second-level cache
+    pages = torch.zeros(2, num_pages, PAGE_SIZE, kv_heads, dim, dtype=dtype, device=device)
+    return calibrate(attention_of(heads, kv_heads, dim, dtype, device, True), PagedKV(pages[0], pages[1]), dtype)
 
 
 # ------------------------------------------------------------------------------------------------ right or wrong

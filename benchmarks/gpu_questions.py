@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gpu_kernels import attention_of, medians_us, prepared
 from gpu_report import ROOT, Clock, Row
@@ -33,7 +32,7 @@ def questions(device: torch.device, clock: Clock) -> Iterator[Row]:
     """Answer them one by one."""
     tiny = device.type == "cpu"
     decodes = [Case(2, 0, device, 80)] if tiny else [Case(width, 0, device, 8192) for width in (1, 8, 64)]
-    for ask in (_stages_and_indices, _programs, _costs):
+    for ask in (_stages_and_indices, _programs):
         for case in decodes:
             if clock.is_out:
                 return
@@ -111,41 +110,6 @@ def _programs(case: Case) -> Iterator[Row]:
         for k in (1, 2, 3, 4)
     }
     yield _row("programs", case, medians_us(works, case.device, 9))
-
-
-def _costs(case: Case) -> Iterator[Row]:
-    """Ask what the planner counts with, `Options.item_tokens` and `partial_tokens`: the same keys in ever more items.
-
-    A program's time is its items' starts and its tokens; the merge's grows with the partial results.
-    """
-    kernels = _kernels(case)
-    options, kv_heads, scale = kernels.options, case.kv.num_kv_heads, case.kv.head_dim**-0.5
-    works: dict[str, Callable[[], object]] = {}
-    num_items, num_partials = [], []
-    splits = [n * max(options.block_n, case.own // 64) for n in (2, 3, 4, 8)]
-    for split in splits:
-        cut = replace(kernels, options=replace(options, exact_split=split))
-        buffers, _ = prepared(case.layout, cut, case.heads, case.kv.head_dim, case.device)
-        num_items.append(buffers.capacity.num_narrow)
-        num_partials.append(buffers.capacity.num_partials)
-        works[f"attend {split}"] = partial(
-            attend_items, case.q, case.kv, buffers.kv_indices, buffers.visible_lens, buffers.narrow, buffers.num_narrow,
-            buffers.rows, buffers.part_out, buffers.part_lse, scale, kernels.narrow, options.num_programs,
-        )  # fmt: skip
-        works[f"merge {split}"] = partial(
-            merge_partials, buffers.part_out, buffers.part_lse, buffers.merge_indptr, buffers.merge_indices,
-            torch.empty_like(case.q),
-        )  # fmt: skip
-    times = medians_us(works, case.device, 9)
-    per_program = kv_heads / options.num_programs
-    starts = np.array(num_items) * per_program
-    item_us, tokens_us = np.polyfit(starts, [times[f"attend {split}"] for split in splits], 1)
-    partial_us, _ = np.polyfit(num_partials, [times[f"merge {split}"] for split in splits], 1)
-    token_us = tokens_us / (case.width * case.own * per_program)
-    yield {
-        "question": "costs", "width": case.width, "token_us": float(token_us), "item_tokens": float(item_us / token_us),
-        "partial_tokens": float(partial_us / kv_heads * options.num_programs / token_us),
-    }  # fmt: skip
 
 
 def _captured(work: Callable[[], object]) -> Callable[[], object]:

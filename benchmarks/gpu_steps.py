@@ -1,12 +1,12 @@
-"""The report's sections on whole steps: decode of random-weight models, graphs on and off, and a serving workload."""
+"""The report's sections on whole steps: decode of random-weight models, graphs on and off, and a short extend."""
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -15,10 +15,13 @@ from gpu_kernels import PAGE_SIZE, copy_bandwidth
 from gpu_report import Clock, Row
 
 from bough.kernels.attention import choose_attention
+from bough.kernels.calibration import calibrate
+from bough.kernels.tree_costs import TreeCosts
 from bough.kernels.triton_rows import TritonRows
 
 _CONTEXT = 1024
-_PEER = "transformers generate_batch"
+_REPETITIONS = 9
+_REPETITION_MS = 24.0  # of steps in a row that are timed as one
 
 
 class RandomWeights:
@@ -76,10 +79,22 @@ class Shape:
     def runner(self, *, graphs: bool = True, share: bool = True) -> Any:
         from bough.runtime.cuda.runner import CudaRunner
 
-        config = self.config
-        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        attention = choose_attention(*heads, self.dtype, self.device, "triton", share=share)
+        attention = choose_attention(*self._heads, self.dtype, self.device, "triton", share=share)
+        assert attention.kernels is not None
+        options = replace(attention.kernels.options, costs=self.costs)
+        attention = replace(attention, kernels=replace(attention.kernels, options=options))
         return CudaRunner(self.model, self.pool, self.dtype, self.device, attention=attention, cuda_graphs=graphs)
+
+    @cached_property
+    def costs(self) -> TreeCosts:
+        """What tree attention costs here, as a runtime finds it when it loads a model."""
+        kernels = choose_attention(*self._heads, self.dtype, self.device, "triton").kernels
+        assert kernels is not None
+        return calibrate(kernels, self.pool.layers[0], self.dtype)
+
+    @property
+    def _heads(self) -> tuple[int, int, int]:
+        return self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
 
     def step_bytes(self, tokens: int) -> int:
         """Return what a step must read: the weights, and the keys and values of so many tokens."""
@@ -145,44 +160,87 @@ def _steps(
     extend: tuple[int, int],
     clock: Clock,
 ) -> Iterator[Row]:
+    """Time steps as they are served, the next one planned and launched while one runs."""
     bandwidth = copy_bandwidth(shape.device, shape.device.type == "cpu")
+    yield {"model": shape.name, **shape.costs.figures()}
     shared, unshared, eager = shape.runner(), shape.runner(share=False), shape.runner(graphs=False)
-    # What the goals are about comes first: one row alone, branches, graphs.
-    cases = [(*alone[0], 0, [shared, eager]), *((*case, [shared, unshared]) for case in branches)]
-    cases += [(*case, 0, [shared, unshared, eager]) for case in reversed(alone[1:])]
-    for width, context, common, runners in cases:
-        if clock.is_out:
-            return
-        times = _step_ms(runners, decode_batch(width, context, common))
-        for runner, ms in zip(runners, times, strict=True):
+    # What the goals are about comes first: one row alone, a short extend, branches, graphs.
+    first = (*alone[0], 0, [shared, eager])
+    others = [(*case, [shared, unshared]) for case in branches]
+    others += [(*case, 0, [shared, unshared, eager]) for case in reversed(alone[1:])]
+
+    def row(width: int, context: int, common: int, runner: Any, ms: float) -> Row:
+        found: Row = {
+            "model": shape.name, "batch": width, "context": context, "shared": common, "new": 1,
+            "graphs": runner is not eager, "share": runner is not unshared, "ms": ms,
+        }  # fmt: skip
+        if runner is shared:
             tokens = common + width * (context - common)
-            row: Row = {
-                "model": shape.name, "batch": width, "context": context, "shared": common, "new": 1,
-                "graphs": runner is not eager, "share": runner is not unshared, "ms": ms,
-            }  # fmt: skip
-            if runner is shared:
-                row["share_of_copy"] = shape.step_bytes(tokens) / ms * 1e3 / bandwidth
-                row |= _idle(runner, decode_batch(width, context, common), ms)
-            yield row
-    (ms,) = _step_ms([shared], extend_batch(*extend))
-    floor_ms = shape.step_bytes(0) / bandwidth * 1e3
-    yield {"model": shape.name, "cached": extend[0], "new": extend[1], "ms": ms, "floors": ms / floor_ms}
+            found["share_of_copy"] = shape.step_bytes(tokens) / ms * 1e3 / bandwidth
+            found |= _idle(runner, decode_batch(width, context, common), ms)
+        return found
+
+    for number, (width, context, common, runners) in enumerate((first, *others)):
+        if clock.is_out:
+            yield {"model": shape.name, "batch": width, "context": context, "no": "not run: no time left"}
+            continue
+        times = _served_ms(runners, decode_batch(width, context, common))
+        for runner, ms in zip(runners, times, strict=True):
+            yield row(width, context, common, runner, ms)
+        if number == 0:
+            ms = _alone_ms(shared, extend_batch(*extend))
+            floor_ms = shape.step_bytes(0) / bandwidth * 1e3
+            yield {"model": shape.name, "cached": extend[0], "new": extend[1], "ms": ms, "floors": ms / floor_ms}
 
 
-def _step_ms(runners: Sequence[Any], batch: Any) -> list[float]:
-    """Return the median milliseconds of a step by each runner, in turn."""
+def _served_ms(runners: Sequence[Any], batch: Any) -> list[float]:
+    """Return the median milliseconds of a step by each runner, in turn: of several in a row, two of them in flight."""
+    for runner in runners:  # compiles, captures, and replays once
+        for _ in range(3):
+            runner.execute(batch)
+    counts = [_count_for(_alone_ms(runner, batch, repetitions=1)) for runner in runners]
     times: list[list[float]] = [[] for _ in runners]
-    for repetition in range(4 if runners[0].device == "cpu" else 18):
-        for runner, found in zip(runners, times, strict=True):
-            begin = time.perf_counter()
-            runner.execute(batch)  # ends with a copy back: nothing is left running
-            if repetition >= 3:  # the first two compile and capture
-                found.append((time.perf_counter() - begin) * 1e3)
+    for _ in range(1 if runners[0].device == "cpu" else _REPETITIONS):
+        for runner, count, found in zip(runners, counts, times, strict=True):
+            found.append(_in_a_row_ms(runner, batch, count))
     return [statistics.median(found) for found in times]
 
 
+def _count_for(step_ms: float) -> int:
+    return max(2, min(12, round(_REPETITION_MS / step_ms)))
+
+
+def _in_a_row_ms(runner: Any, batch: Any, count: int) -> float:
+    """Return the milliseconds of each of `count` steps, whose rows go on from the tokens that the one before draws."""
+    from msgspec import structs
+
+    rows = (structs.replace(row, drawn_by=i, token_ids=np.zeros(1, np.int32)) for i, row in enumerate(batch.rows))
+    following = type(batch)(tuple(rows))
+    running = runner.launch(batch)
+    launched = runner.launch(following, running)
+    running.result()
+    begin = time.perf_counter()
+    for _ in range(count):
+        running, launched = launched, runner.launch(following, launched)
+        running.result()
+    seconds = time.perf_counter() - begin
+    launched.result()
+    return seconds / count * 1e3
+
+
+def _alone_ms(runner: Any, batch: Any, repetitions: int = 9) -> float:
+    """Return the median milliseconds of a step that is waited for."""
+    found = []
+    for repetition in range(2 + (1 if runner.device == "cpu" else repetitions)):
+        begin = time.perf_counter()
+        runner.execute(batch)  # ends with a copy back: nothing is left running
+        if repetition >= 2:  # the first two compile and capture
+            found.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(found)
+
+
 def _idle(runner: Any, batch: Any, step_ms: float) -> Row:
-    """Return the share of a step in which the device waits, from its time where the host has run ahead of it."""
+    """Return the share of a step, as served, in which the device waits: it takes device_ms when the host is ahead."""
     if runner.device == "cpu":
         return {}
     cuda: Any = torch.cuda
@@ -191,107 +249,10 @@ def _idle(runner: Any, batch: Any, step_ms: float) -> Row:
         begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
         cuda._sleep(20_000_000)  # some 10 ms, in which the host plans and launches
         begin.record()
-        runner.execute(batch)
+        step = runner.launch(batch)
         end.record()
         end.synchronize()
+        step.result()
         found.append(begin.elapsed_time(end))
     device_ms = statistics.median(found)
     return {"device_ms": device_ms, "idle": max(0.0, 1 - device_ms / step_ms)}
-
-
-# name, requests, tokens that all begin with, tokens of their own, tokens generated
-_WORKLOADS = (("fork", 32, 1024, 32, 64), ("independent", 32, 0, 512, 64))
-_TINY_WORKLOADS = (("fork", 2, 32, 4, 2),)
-
-
-def serving(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Row]:
-    """Serve prompts, scheduler and cache included but no wire; and the same by `transformers` continuous batching.
-
-    Both have random weights of the same shape, the same prompts and the same number of tokens, greedy. A first run
-    warms up; the second is the figure. bough begins each with an empty cache, and serves with steps that overlap, as
-    it comes, and one after another.
-    """
-    workloads = _TINY_WORKLOADS if device.type == "cpu" else _WORKLOADS
-    most = max(width * -(-(prefix + own + new) // PAGE_SIZE) for _, width, prefix, own, new in workloads)
-    shape = Shape("tiny" if device.type == "cpu" else "1b", device, most)
-    made = []
-    for name, width, prefix, own, num_tokens in workloads:
-        ids = partial(np.random.default_rng(0).integers, 2, shape.config.vocab_size, dtype=np.int32)
-        shared = ids(prefix)
-        made.append((name, [np.concatenate([shared, ids(own)]) for _ in range(width)], num_tokens))
-    seconds = 0.0
-    for name, prompts, num_tokens in made:
-        runner = shape.runner()
-        for system, overlap in (("bough", True), ("bough --no-overlap", False)):
-            for _ in range(2):
-                begin = time.perf_counter()
-                found = serve(runner, prompts, num_tokens, overlap=overlap)
-                seconds = time.perf_counter() - begin
-            speed = found["generated"] / seconds
-            yield {"workload": name, "system": system, "seconds": seconds, "tokens_per_s": speed, **found}
-    del runner
-    for name, prompts, num_tokens in made if with_peers else ():
-        if clock.is_out:
-            return
-        try:
-            texts = [prompt.tolist() for prompt in prompts]
-            yield {"workload": name, **_continuous(shape.config, device, shape.dtype, texts, num_tokens)}
-        except Exception as error:  # a baseline that is not here or does not run here
-            yield {"workload": name, "system": _PEER, "no": f"{type(error).__name__}: {error}"[:120]}
-            return
-
-
-def serve(runner: Any, prompts: Sequence[Any], num_tokens: int, *, overlap: bool) -> Row:
-    """Complete all prompts by `num_tokens` each; return what the scheduler counted."""
-    from bough.runtime.cache.prefix_cache import PrefixCache
-    from bough.runtime.pipeline import Pipeline
-    from bough.runtime.protocol import SamplingParams
-    from bough.runtime.scheduler import Scheduler
-    from bough.runtime.sequence import Sequence as Running
-
-    scheduler = Scheduler(PrefixCache(runner.num_pages, runner.page_size), token_budget=1024, max_running=64)
-    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    for prompt in prompts:
-        scheduler.submit(Running(prompt, params=params))
-    pipeline = Pipeline(runner, runner if overlap else None)
-    pipeline.fill(scheduler)
-    while pipeline:
-        step, results = pipeline.take()
-        if isinstance(results, Exception):
-            raise results
-        for outcome in scheduler.commit(step, results):
-            if len(outcome.sequence.generated) == num_tokens:
-                scheduler.finish(outcome.sequence)
-        pipeline.fill(scheduler)
-    counters = scheduler.counters
-    assert counters.generated_tokens == len(prompts) * num_tokens, "a sequence was left unfinished"
-    return {
-        "generated": counters.generated_tokens,
-        "cached": counters.cached_tokens,
-        "computed": counters.computed_tokens,
-        "steps": counters.steps,
-    }
-
-
-def _continuous(
-    config: Any, device: torch.device, dtype: torch.dtype, prompts: list[list[int]], num_tokens: int
-) -> Row:
-    """Complete the same prompts by `transformers`, on random weights of the same shape."""
-    transformers: Any = importlib.import_module("transformers")
-    shape = transformers.LlamaConfig(
-        hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, intermediate_size=config.mlp_size,
-        vocab_size=config.vocab_size, tie_word_embeddings=config.tie_embeddings,
-        max_position_embeddings=config.context_len,
-    )  # fmt: skip
-    with device:
-        network = transformers.LlamaForCausalLM(shape).to(dtype).eval()
-    options = transformers.GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1)
-    for _ in range(2):
-        begin = time.perf_counter()
-        answers = network.generate_batch(inputs=prompts, generation_config=options)
-        seconds = time.perf_counter() - begin
-    generated = sum(len(answer.generated_tokens) for answer in answers.values())
-    if generated != len(prompts) * num_tokens:
-        raise RuntimeError(f"{generated} tokens instead of {len(prompts) * num_tokens}")
-    return {"system": _PEER, "seconds": seconds, "tokens_per_s": generated / seconds, "generated": generated}

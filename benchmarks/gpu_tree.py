@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_kernels import PAGE_SIZE, attention_of, copy_bandwidth, layout_of, medians_us, prepared, some
+from gpu_kernels import (
+    PAGE_SIZE,
+    attention_of,
+    copy_bandwidth,
+    layout_of,
+    measured_costs,
+    medians_us,
+    prepared,
+    some,
+)
 from gpu_report import Clock, Row
 
-from bough.kernels.cuda_attention import run
+from bough.kernels.cuda_attention import plan_step, run
 from bough.kernels.layout import PagedLayout
 from bough.kernels.paged_kv import PagedKV
+from bough.kernels.tree_costs import ESTIMATED, TreeCosts
 
 _OWN = 128  # private tokens of each branch
 _MOST_COPY_BYTES = 20 << 30  # of KV gathered for a baseline that cannot read pages
 _HEADS, _TINY_HEADS = (32, 8, 128), (4, 2, 64)
+# With which everything is shared that can be, for comparison with what the planner chooses.
+_FREE = TreeCosts(0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
 _FIRST = ((16, 8192), (64, 8192), (64, 32768))  # what the goals are about
+_GRID = tuple((width, prefix) for prefix in (8192, 1024, 32768) for width in (16, 64, 4, 256))
+_NOT_RUN: Row = {"no": "not run: no time left"}
 Work = Callable[[], object]
+MakePeer = Callable[[torch.Tensor, PagedKV, PagedLayout], Work]
+Peers = tuple[tuple[str, MakePeer], ...]
 
 
 class Case:
@@ -38,33 +59,46 @@ class Case:
         self.q = some(width, self.heads, dim, dtype=self.dtype, device=device)
         self.token_bytes = 2 * kv_heads * dim * pages.element_size()
 
-    def ours(self, *, share: bool) -> Work:
+    def ours(self, *, share: bool, costs: TreeCosts = ESTIMATED) -> Work:
         kv, dim = self.kv, self.kv.head_dim
-        chosen = attention_of(self.heads, kv.num_kv_heads, dim, self.dtype, self.device, share)
+        chosen = attention_of(self.heads, kv.num_kv_heads, dim, self.dtype, self.device, share, costs)
         return partial(run, self.q, kv, *prepared(self.layout, chosen, self.heads, dim, self.device), chosen, dim**-0.5)
+
+    def is_shared(self, costs: TreeCosts) -> bool:
+        """Tell whether the planner shares anything here."""
+        heads = (self.heads, self.kv.num_kv_heads, self.kv.head_dim)
+        plan = plan_step(self.layout, attention_of(*heads, self.dtype, self.device, True, costs)).tree
+        return bool((plan.narrow[:, 1] > 1).any() or (plan.wide[:, 1] > 1).any())
 
 
 def tree(device: torch.device, clock: Clock) -> Iterator[Row]:
     """Time tree attention beside the same kernels reading each branch by itself.
 
     each_tb_per_s: what the branches read, over the time it took: above the copy bandwidth where the second-level cache
-    serves the prefix. The last cases, of short prefixes and few branches, tell from where on sharing pays.
+    serves the prefix. The last cases, of short prefixes and few branches, tell from where on sharing pays, and whether
+    the planner knows: shared_us is with sharing whatever it costs, tree_us as planned by the costs measured here.
     """
     tiny = device.type == "cpu"
     bandwidth = copy_bandwidth(device, tiny)
-    more = [(w, p) for p in (8192, 1024, 32768) for w in (16, 64, 4, 256) if (w, p) not in _FIRST]
+    heads, kv_heads, dim = _TINY_HEADS if tiny else _HEADS
+    costs = measured_costs(heads, kv_heads, dim, torch.float32 if tiny else torch.bfloat16, device)
+    yield costs.figures()
+    more = [case for case in _GRID if case not in _FIRST]
     few = [(w, p) for w in (2, 4, 16) for p in (64, 128, 256, 512)]
     for width, prefix in [(2, 64)] if tiny else [*_FIRST, *more, *few]:
         if clock.is_out:
-            return
+            yield {"width": width, "prefix": prefix, **_NOT_RUN}
+            continue
         case = Case(width, prefix, device, 16 if tiny else _OWN)
-        works = {"tree": case.ours(share=True), "each": case.ours(share=False)}
+        works = {"tree": case.ours(share=True, costs=costs), "each": case.ours(share=False, costs=costs)}
+        if (width, prefix) in few:
+            works["shared"] = case.ours(share=True, costs=_FREE)
         outputs = {name: _output(work) for name, work in works.items()}
         times = medians_us(works, device, 9)
         num_bytes = (prefix + width * case.own) * case.token_bytes
         yield {
             "width": width, "prefix": prefix, **{f"{name}_us": us for name, us in times.items()},
-            "each/tree": times["each"] / times["tree"],
+            "each/tree": times["each"] / times["tree"], "is_shared": case.is_shared(costs),
             "share_of_copy": num_bytes / times["tree"] * 1e6 / bandwidth,
             "each_tb_per_s": width * (prefix + case.own) * case.token_bytes / times["each"] / 1e6,
             **_checked(outputs["each"], outputs["tree"], "tree against each", case.dtype),
@@ -78,29 +112,95 @@ def _checked(found: torch.Tensor, expected: torch.Tensor, kernel: str, dtype: to
 
 
 def peers(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Time tree attention beside PyTorch's."""
+    return _beside(device, clock, _TORCH_PEERS)
+
+
+def flashinfer_peers(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Time tree attention beside FlashInfer's, plain and cascade, if it is here."""
+    return _beside(device, clock, _FLASHINFER_PEERS)
+
+
+def _beside(device: torch.device, clock: Clock, made_by: Peers) -> Iterator[Row]:
     """Time tree attention beside each other system that can; a row for each, so that one that takes long costs itself.
 
     error: how far the other's output is from ours, relative to the largest value. prefix 0: nothing is shared.
     """
     tiny = device.type == "cpu"
-    cases = [(2, 64)] if tiny else [*_FIRST, (64, 0), (16, 1024)]
-    for name, make in _PEERS:
-        for width, prefix in cases:
-            if clock.is_out:
-                return
-            row: Row = {"peer": name, "width": width, "prefix": prefix}
-            try:
-                case = Case(width, prefix, device, 16 if tiny else _OWN if prefix else 1024)
-                works = {"tree": case.ours(share=True), name: make(case.q, case.kv, case.layout)}
-                outputs = {name: _output(work) for name, work in works.items()}
-                row["error"] = float((outputs[name].view_as(outputs["tree"]) - outputs["tree"]).abs().max())
-                times = medians_us(works, device, 7)
-                row |= {f"{name}_us": us for name, us in times.items()} | {f"{name}/tree": times[name] / times["tree"]}
-                yield row
-            except Exception as error:  # a baseline that is not here or does not do this shape
-                yield row | {"no": f"{type(error).__name__}: {error}"[:120]}
-                if isinstance(error, ImportError):
-                    break
+    first = [(2, 64)] if tiny else [*_FIRST, (64, 0), (16, 1024)]
+    more = [] if tiny else [case for case in _GRID if case not in first]
+    missing: set[str] = set()
+    for cases in (first, more):
+        for name, make in made_by:
+            for width, prefix in cases if name not in missing else ():
+                row: Row = {"peer": name, "width": width, "prefix": prefix}
+                try:
+                    yield row | (_NOT_RUN if clock.is_out else _against(name, make, width, prefix, device))
+                except Exception as error:  # a baseline that is not here or does not do this shape
+                    yield row | {"no": f"{type(error).__name__}: {error}"[:120]}
+                    if isinstance(error, ImportError):
+                        missing.add(name)
+                        break
+
+
+def _against(name: str, make: MakePeer, width: int, prefix: int, device: torch.device) -> Row:
+    """Return the times of tree attention and of another system's."""
+    case = Case(width, prefix, device, 16 if device.type == "cpu" else _OWN if prefix else 1024)
+    works = {"tree": case.ours(share=True), name: make(case.q, case.kv, case.layout)}
+    outputs = {name: _output(work) for name, work in works.items()}
+    difference = (outputs[name].view_as(outputs["tree"]) - outputs["tree"]).abs().max()
+    times = medians_us(works, device, 7)
+    return {
+        "error": float(difference / outputs["tree"].abs().max()),
+        **{f"{name}_us": us for name, us in times.items()}, f"{name}/tree": times[name] / times["tree"],
+    }  # fmt: skip
+
+
+def flashinfer_kernels(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Tell how FlashInfer could run here, and let it load or compile the kernels that are compared later."""
+    found = flashinfer_state()
+    yield {"flashinfer": found}
+    if device.type != "cuda" or found.startswith("no"):
+        return
+    for name, make in _FLASHINFER_PEERS:
+        begin = time.monotonic()
+        case = Case(2, 64, device)
+        try:
+            make(case.q, case.kv, case.layout)()
+            torch.cuda.synchronize(device)
+            yield {"flashinfer": name, "ready_after_s": time.monotonic() - begin}
+        except Exception as error:
+            yield {"flashinfer": name, "no": f"{type(error).__name__}: {error}"[:120]}
+
+
+def flashinfer_state() -> str:
+    """Return how FlashInfer's kernels would come to run: "not installed", "no ..." if they cannot, or from where."""
+    if not _is_installed("flashinfer"):
+        return "not installed"
+    if _is_installed("flashinfer_jit_cache"):
+        return "compiled ahead: the package flashinfer_jit_cache"
+    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home())) / ".cache" / "flashinfer"
+    cached = sorted({path.parent.name for path in base.glob("**/cached_ops/*/*.so")})
+    if any("decode" in name or "prefill" in name for name in cached):
+        return f"compiled before: {', '.join(cached)}"[:200]
+    missing = [tool for tool in ("nvcc", "ninja") if _tool(tool) is None]
+    if missing:
+        return f"no compiled kernels, and no {' or '.join(missing)} to make them"
+    return "to be compiled now, by nvcc"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+def _tool(name: str) -> str | None:
+    """Return where a program is, on the path or in CUDA's folder."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    folders = os.pathsep.join(str(Path(home) / "bin") for home in homes if home)
+    return shutil.which(name) or shutil.which(name, path=folders)
 
 
 def prefill(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Row]:
@@ -110,7 +210,8 @@ def prefill(device: torch.device, with_peers: bool, clock: Clock) -> Iterator[Ro
     dtype = torch.float32 if tiny else torch.bfloat16
     for tokens in (40,) if tiny else (4096, 1024, 8192):
         if clock.is_out:
-            return
+            yield {"tokens": tokens, "no": "not run: no time left"}
+            continue
         layout = layout_of([tokens], [tokens], 0)
         q = some(tokens, heads, dim, dtype=dtype, device=device)
         pages = torch.randn(2, -(-tokens // PAGE_SIZE), PAGE_SIZE, kv_heads, dim, device=device, dtype=dtype)
@@ -146,6 +247,13 @@ def _torch_prefill(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 
 def _fa3_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Work:
+    """FlashAttention 3, by its own package or FlashInfer's build of it."""
+    if _is_installed("flash_attn_interface"):
+        package: Any = importlib.import_module("flash_attn_interface")
+        return lambda: package.flash_attn_func(*(x.unsqueeze(0) for x in (q, k, v)), causal=True)
+    state = flashinfer_state()
+    if state.startswith("no"):
+        raise ImportError(f"FlashAttention 3: no flash_attn_interface; FlashInfer: {state}")
     flashinfer: Any = importlib.import_module("flashinfer")
     return lambda: flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True, backend="fa3")
 
@@ -219,5 +327,5 @@ def _cascade(q: torch.Tensor, kv: PagedKV, layout: PagedLayout) -> Callable[[], 
     return lambda: wrapper.run(q, (kv.k, kv.v))
 
 
-# What has to be compiled first comes last.
-_PEERS = (("sdpa", _sdpa), ("flashinfer", _flashinfer), ("cascade", _cascade), ("flex", _flex))
+_TORCH_PEERS: Peers = (("sdpa", _sdpa), ("flex", _flex))  # what has to be compiled first comes last
+_FLASHINFER_PEERS: Peers = (("flashinfer", _flashinfer), ("cascade", _cascade))

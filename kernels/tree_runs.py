@@ -8,7 +8,7 @@ decode falls back to decode branch by branch where it would lose. Numbers only: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -80,19 +80,44 @@ def shortest(segments: Sequence[Segment], qo_indptr: _Int32Array, kv_lens: _Int3
     """Return the shortest of: sharing what is worth it, the same without the wide tile's kernel, sharing nothing."""
     num_unique = sum(segment.end - segment.begin for segment in segments)
 
-    def draft(options: Options, *, narrow_only: bool = False) -> Draft:
-        runs = fold(segments, qo_indptr, kv_lens, options)
-        if options.window is not None:
-            runs = [run for run in (_trimmed(run, qo_indptr, kv_lens, options) for run in runs) if run is not None]
+    def draft(runs: list[Run], *, narrow_only: bool = False) -> Draft:
         return _drafted(runs, qo_indptr, num_unique, options, narrow_only or options.exact_split is not None)
 
-    shared = draft(options)
-    if not options.share or all(len(run.seqs) == 1 for run in (*shared.narrow, *shared.wide)):
+    runs = _in_window(fold(segments, qo_indptr, kv_lens, options), qo_indptr, kv_lens, options)
+    shared = draft(runs)
+    if all(len(run.seqs) == 1 for run in runs):
         return shared
-    others = [draft(replace(options, share=False))]
-    if shared.wide:
-        others.append(draft(options, narrow_only=True))
+    others = [draft(runs, narrow_only=True)] if shared.wide else []
+    # Not even tried, for it takes time, where reading all alone would take longer on programs that never wait.
+    alone = _alone(segments, qo_indptr, kv_lens, options)
+    num_alone = sum(run.end - run.begin for run in alone)
+    if shared.duration > num_alone * _read_cost(num_unique, num_alone, options) * _least_share(options):
+        others.append(draft(alone))
     return min((shared, *others), key=lambda draft: draft.duration)
+
+
+def _alone(segments: Sequence[Segment], qo_indptr: _Int32Array, kv_lens: _Int32Array, options: Options) -> list[Run]:
+    """Return a run for each sequence."""
+    seqs = dict.fromkeys(seq for segment in segments if segment.parent < 0 for seq in segment.seqs)
+    return _in_window([Run(0, int(kv_lens[seq]), (seq,), True) for seq in seqs], qo_indptr, kv_lens, options)
+
+
+def _in_window(runs: list[Run], qo_indptr: _Int32Array, kv_lens: _Int32Array, options: Options) -> list[Run]:
+    if options.window is None:
+        return runs
+    return [run for run in (_trimmed(run, qo_indptr, kv_lens, options) for run in runs) if run is not None]
+
+
+def _least_share(options: Options) -> float:
+    """Return how long all programs together take to read a token, of all KV heads, in the cheaper tile."""
+    shares = (1 / options.num_programs, options.costs.wide_token / options.wide_programs)
+    return options.num_kv_heads * min(shares)
+
+
+def _read_cost(num_unique: int, num_read: int, options: Options) -> float:
+    """Return what reading a token costs on average: read again, it comes from the second-level cache."""
+    fresh = min(num_unique, num_read)
+    return (fresh + (num_read - fresh) * options.costs.again_token) / max(num_read, 1)
 
 
 def _drafted(runs: list[Run], qo_indptr: _Int32Array, num_unique: int, options: Options, narrow_only: bool) -> Draft:
@@ -102,13 +127,9 @@ def _drafted(runs: list[Run], qo_indptr: _Int32Array, num_unique: int, options: 
     is_wide = [not narrow_only and _is_wide(count, options) for count in rows]
     lengths = np.array([run.end - run.begin for run in runs], dtype=np.int64)
     num_rows, wide = np.array(rows, dtype=np.int64), np.array(is_wide, dtype=np.bool_)
-    num_tiles = -(
-        -num_rows // np.where(wide, tokens_per_tile(options, is_wide=True), tokens_per_tile(options, is_wide=False))
-    )
-    num_read = int((lengths * num_tiles).sum())
-    fresh = min(num_unique, num_read)
-    # What is read again comes from the second-level cache, whichever tile reads it.
-    read_cost = (fresh + (num_read - fresh) * costs.again_token) / max(num_read, 1)
+    per_tile = np.where(wide, tokens_per_tile(options, is_wide=True), tokens_per_tile(options, is_wide=False))
+    num_tiles = -(-num_rows // per_tile)
+    read_cost = _read_cost(num_unique, int((lengths * num_tiles).sum()), options)
     splits, duration = [options.min_split, options.min_split], 0.0
     for index, (chosen, programs, token, item) in enumerate((
         (~wide, options.num_programs, read_cost, costs.item_tokens),
@@ -124,7 +145,10 @@ def _drafted(runs: list[Run], qo_indptr: _Int32Array, num_unique: int, options: 
 
 
 def _num_rows(seqs: Sequence[int], qo_indptr: _Int32Array) -> int:
-    return sum(int(qo_indptr[seq + 1] - qo_indptr[seq]) for seq in seqs)
+    if len(seqs) == 1:
+        return int(qo_indptr[seqs[0] + 1] - qo_indptr[seqs[0]])
+    places = np.array(seqs)
+    return int((qo_indptr[places + 1] - qo_indptr[places]).sum())
 
 
 def _is_wide(num_rows: int, options: Options) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import llguidance
 import numpy as np
 
 from bough.runtime.grammar.constraint import Words
-from bough.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a runner needs masks, and no tokenizer's library
+    from bough.runtime.text.tokenizer import Tokenizer
 
 _CACHED_PREFIXES = 1024
 # Backing off further than this many tokens has no use: a word that spans more of them is no token.

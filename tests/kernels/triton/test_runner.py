@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 from tiny_models import CONTEXT_LEN, Text, generate, random_ids, texts, tiny_model
 
+from bough.kernels.cuda_attention import Kernels
+from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import dequantised
+from bough.kernels.tree_costs import ESTIMATED, TreeCosts
 from bough.runtime import sampler
 from bough.runtime.batch import Batch, PageCopy, Row, RowResult, SampleRequest
 from bough.runtime.cache.prefix_cache import PrefixCache
@@ -61,6 +65,25 @@ def test_tokens_are_those_of_the_cpu_in_a_ragged_batch(device: torch.device) -> 
     assert found == expected
     assert runner.graphs is not None
     assert runner.graphs.num_replays >= 1
+
+
+def test_a_loaded_runner_plans_and_captures_by_the_costs_that_were_measured(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = replace(ESTIMATED, item_tokens=32.0, source="measured")
+    timed: list[tuple[torch.Size, torch.dtype]] = []
+
+    def calibrate(kernels: Kernels, kv: PagedKV, dtype: torch.dtype) -> TreeCosts:
+        timed.append((kv.k.shape, dtype))
+        return measured
+
+    monkeypatch.setattr("bough.runtime.cuda.runner.calibrate", calibrate)
+    runner = gpu_runner.__wrapped__("qwen3", device)
+    assert timed == [(runner.pool.k[0].shape, torch.float32)]
+    assert runner.attention.kernels is not None
+    assert runner.attention.kernels.options.costs == measured
+    assert runner.figures() == measured.figures()
+    assert cpu_runner("qwen3").figures() == {}
 
 
 def test_steps_of_single_kernels_give_the_same_tokens(device: torch.device) -> None:
