@@ -43,6 +43,9 @@ class Limit:
 # By the start of a variant's name, the first that fits. Registers: 168 lets 3 programs of 4 warps run on a
 # multiprocessor, 255 is what a thread can have. Shared memory: 72 KB lets 3 run on sm_90.
 LIMITS: dict[str, Limit] = {
+    "decode_narrow_fp32q": Limit(168, 52 << 10, ("HMMA", "HMMA")),
+    "decode_wide_fp32q": Limit(255, 104 << 10, ("HMMA", "HGMMA")),
+    "prefill_fp32q": Limit(192, 68 << 10, ("HMMA", "HMMA")),
     "decode_narrow_fp32": Limit(128, 52 << 10),
     "decode_narrow_d256": Limit(255, 76 << 10, ("HMMA", "HMMA")),
     "decode_narrow": Limit(168, 72 << 10, ("HMMA", "HMMA")),
@@ -96,7 +99,10 @@ def variants() -> Iterator[Variant]:
 
 
 def _attention_variants(arch: Arch) -> Iterator[Variant]:
-    for dtype, kv_dtype in (("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "i8"), ("bf16", "fp8e4nv"), ("fp32", "fp32")):
+    for dtype, kv_dtype in (
+        ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "i8"), ("bf16", "fp8e4nv"),
+        ("fp32", "fp32"), ("fp32", "i8"), ("fp32", "fp8e4nv"),
+    ):  # fmt: skip
         if kv_dtype == "fp8e4nv" and arch < (8, 9):
             continue
         for head_dim in HEAD_DIMS:
@@ -113,21 +119,21 @@ def _attention(
     window: int = 0, soft_cap: float = 0.0,
 ) -> Iterator[Variant]:  # fmt: skip
     """Yield narrow and wide items and prefill of one model shape, and the merge."""
-    quantised, element_bytes = kv_dtype != dtype, _BYTES[kv_dtype]
+    quantised, element_bytes = kv_dtype != dtype, 4 if dtype == "fp32" else _BYTES[kv_dtype]
     scales = "*fp32" if quantised else f"*{kv_dtype}"
     shared_types = {"q": f"*{dtype}", "k_pages": f"*{kv_dtype}", "v_pages": f"*{kv_dtype}", "k_scales": scales,
                     "v_scales": scales, "kv_indices": "*i32", "scale": "fp32", "q_stride": "i32"}  # fmt: skip
     items = {"visible_lens": "*i32", "items": "*i32", "num_items": "*i32", "rows": "*i32", "part_out": "*fp32",
              "part_lse": "*fp32"}  # fmt: skip
     extras = f"_w{window}" * bool(window) + f"_c{soft_cap:g}" * bool(soft_cap)
-    kind = "fp32_" if dtype == "fp32" else ""
+    kind = ("fp32q_" if quantised else "fp32_") if dtype == "fp32" else ""
     shape = f"d{head_dim}_{dtype}_{kv_dtype}_p{page_size}_g{group}{extras}"
 
     def variant(name: str, kernel: Any, types: dict[str, str], config: AttentionConfig) -> Variant:
         constants = {
             "NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
             "PAGE_SIZE": page_size, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WINDOW": window,
-            "SOFT_CAP": soft_cap, "QUANTISED": quantised, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "SOFT_CAP": soft_cap, "QUANTISED": quantised, "PRECISION": "ieee" if kv_dtype == "fp32" else "tf32",
         }  # fmt: skip
         name = f"{name}_{kind}{shape}"
         return Variant(name, arch, kernel, shared_types | types, constants, config.num_warps, config.num_stages)

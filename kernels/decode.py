@@ -109,11 +109,16 @@ def attend_items(
         scale, q.stride(0),
         NUM_KV_HEADS=kv.num_kv_heads, GROUP=num_heads // kv.num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_D=padded_head_dim(head_dim), PAGE_SIZE=kv.page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, QUANTISED=kv.is_quantised, PRECISION=dot_precision(q.dtype),
+        WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, QUANTISED=kv.is_quantised,
+        PRECISION=dot_precision(q.dtype, kv.is_quantised),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Return how products are rounded: float32 ones would use 10 bits (tf32) of each factor if not told otherwise."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def dot_precision(dtype: torch.dtype, is_quantised: bool) -> str:
+    """Return how products of float32 queries are rounded: not at all, or to 10 bits (tf32) of each factor.
+
+    Keys and values of 8 bits are whole in tf32, so rounding the other factor is less than what they have lost; exact
+    products of widened ones keep whole tiles in registers, which spill from 80 channels on.
+    """
+    return "ieee" if dtype == torch.float32 and not is_quantised else "tf32"

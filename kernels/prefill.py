@@ -100,7 +100,8 @@ def prefill_attention(
         q, kv.k, kv.v, k_scales, v_scales, kv_indices, tiles, out, scale, q.stride(0),
         NUM_KV_HEADS=kv.num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
         PAGE_SIZE=kv.page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, QUANTISED=kv.is_quantised, PRECISION=dot_precision(q.dtype),
+        WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, QUANTISED=kv.is_quantised,
+        PRECISION=dot_precision(q.dtype, kv.is_quantised),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

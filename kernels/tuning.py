@@ -42,10 +42,13 @@ def padded_head_dim(head_dim: int) -> int:
 def decode_config(head_dim: int, element_bytes: int, arch: Arch, *, wide: bool = False) -> AttentionConfig:
     """Return the configuration of `decode.attend_items` for items of up to 16 rows, or 64 if wide.
 
-    element_bytes: of one number in the KV pages; 4 means float32, whose products use no tensor cores.
+    element_bytes: of one number in the KV pages, or 4 where queries are float32: their products use no tensor cores, or
+    with quantised keys twice the registers.
     """
     width = padded_head_dim(head_dim)
     rows = WIDE_ROWS if wide else NARROW_ROWS
+    if wide and width > 128 and element_bytes == 4 and arch < (9, 0):
+        rows = WIDE_ROWS // 2  # 64 spill where keys are widened
     num_warps = 8 if width > 128 and (wide or element_bytes == 4) else 4
     block_n, num_stages = (64 if width <= 128 else 32), 3
     if element_bytes == 1:  # the widened copy of a tile takes registers of its own
@@ -77,7 +80,9 @@ def prefill_config(head_dim: int, element_bytes: int, arch: Arch, *, windowed: b
         rows, block_n = (128 if has_wgmma else 64), 32
     if windowed and not has_wgmma:
         rows = min(rows, 64)
-    config = AttentionConfig(f"prefill_{rows}x{block_n}_d{width}", rows, block_n, 8, num_stages)
+    # 8 warps of an sm_80 have 128 registers a thread left by the compiler, and spill where keys are widened to float32.
+    num_warps = 4 if element_bytes == 4 and width <= 64 and not has_wgmma else 8
+    config = AttentionConfig(f"prefill_{rows}x{block_n}_d{width}", rows, block_n, num_warps, num_stages)
     return _fitted(config, width, element_bytes, arch)
 
 

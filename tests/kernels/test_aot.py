@@ -32,6 +32,8 @@ REPRESENTATIVES = [
     "sm_90 rms_norm_8192_residual",
     "sm_90 store_kv_d80_fp8e4nv",
     "sm_90 rotate_and_store_d80_bf16_g1",
+    "sm_80 decode_wide_fp32q_d256_fp32_i8_p16_g4",
+    "sm_90 prefill_fp32q_d128_fp32_fp8e4nv_p16_g4",
     "sm_90 penalise",
     "sm_90 draw",
     "sm_90 survey",

@@ -34,10 +34,11 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def _numbers_as_on_a_gpu() -> None:
-    """Mend three faults of Triton 3.7's interpreter, which would hide the kernels' own.
+    """Mend faults of Triton's interpreter, 3.6 and 3.7, which would hide the kernels' own.
 
     It cuts float32 off to bfloat16 and loses a carry on the way to float8, where GPUs round to the nearest; it takes
-    the bits of an integer for those of a bfloat16, and multiplies the raw bits of bfloat16 matrices.
+    the bits of an integer for those of a bfloat16, and multiplies the raw bits of bfloat16 matrices. That of 3.6 makes
+    a number of an array of one by a way that numpy 2.4 has closed.
     """
     if not IS_INTERPRETED:
         return
@@ -81,6 +82,13 @@ def _numbers_as_on_a_gpu() -> None:
             return original_call(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)  # not patching again what the launch has patched: 0.2 ms a call
 
+    original_patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        original_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
     interpreter.InterpretedFunction.__call__ = call
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp

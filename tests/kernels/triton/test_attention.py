@@ -141,7 +141,8 @@ def test_quantised_keys_and_values_are_read_with_their_scales(
     meant = [pages.where(is_token, torch.nan) for pages in dequantised(PagedKV(k, v, k_scales, v_scales))]
     found = run_kernels(case, kernels_for(replace(case, k_pages=k)), device, kv)
     expected = run_definition(replace(case, k_pages=meant[0], v_pages=meant[1]))
-    atol, rtol = (ATOL, 0.0) if dtype == torch.float32 else (1e-2, 1e-2)
+    # On a GPU queries and weights are rounded to 10 bits beside keys and values of 8 (`dot_precision`).
+    atol, rtol = (ATOL if IS_INTERPRETED else 2e-3, 0.0) if dtype == torch.float32 else (1e-2, 1e-2)
     torch.testing.assert_close(found.double(), expected, atol=atol, rtol=rtol)
 
 
