@@ -1,189 +1,248 @@
-"""What speculation gains where texts repeat one another, and what it costs where they do not.
+"""What does speculation gain where texts repeat one another, and what does it cost where they do not?
 
-The scheduler and the runner in this process, the same requests with and without drafts in turns (so that a busy moment
-hits both), and the same tokens: that is asserted. Workloads:
+Two schedulers over one runner in this process answer the same prompts, one with drafts and one without, a step of the
+one and a step of the other in turns, first and second changing places: whatever else the machine does in those
+milliseconds hits both. That they say the same is asserted. Workloads (`repeating.py`):
 
-siblings  the bundled model writes JSON records with the same keys and different values, greedy
-copy      the bundled model repeats a sentence of its prompt, greedy
-random    the 30M shape with random weights, temperature 1, prompts that share nothing: nothing repeats, so what is left
-          is the loss
+siblings  records with the same keys and other values, each prompt another
+copying   what is said stands in the prompt, to the word or nearly
+random    nothing repeats: what is left is the loss
 
-Written for each workload and batch: milliseconds of decoding per token of both, the gain with its spread over rounds,
-the share of drafted tokens that came true, how many were drafted for each token drawn, and the processor time of plan
-and commit per sequence and step of both, which a busy machine disturbs least.
+by the bundled model, whose step takes a millisecond, and by the 30M shape. A round is some sequences, so many of them
+at a time, the next begins as one ends. Counted are steps that decode for that many and do nothing else (planning,
+computing, sampling, committing) and the tokens drawn in them. Told are the milliseconds per token of both, the gain
+(the median of the rounds' ratios, with the interval that holds the median at 95 %, and the extremes), how many tokens
+were drafted for each token drawn and what share of them came true, and the processor time of plan and commit per
+sequence and step of both.
 
-    python benchmarks/bench_speculation.py [--quick] [--batch 1 8 32] [--rounds 7]
+    python benchmarks/bench_speculation.py [--quick] [--save] [--model pocket 30m] [--batch 1 8] [--budget 8]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
+import gc
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any, Final
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import numpy as np
-from models import FIRST_WORD, VOCAB_SIZE, llama_30m
+import harness
+from harness import Summary, short
+from models import llama_30m
+from repeating import TEXT_LEN, WORKLOADS, Ask, Asked, Scripted, Told, Workload
 
 from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.draft_costs import measure_draft_costs
+from bough.runtime.drafts import DraftCosts
 from bough.runtime.models.folder import resolve_model
+from bough.runtime.pipeline import Executor
 from bough.runtime.protocol import SamplingParams
-from bough.runtime.row_cost import measure_row_cost
 from bough.runtime.runner import Runner, load_runner
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
-from bough.runtime.text.tokenizer import load_tokenizer
-from bough.runtime.vector import IntArray
 
-PAGES: Final = 4096
+PAGES: Final = 2048  # half of them for each of two machines
 PAGE_SIZE: Final = 16
-MOST_NEW: Final = 96
-RECORD: Final = "Extract name, age, city, job as JSON.\n{name}, {age}, lives in {city} and works as a {job}."
-REPEAT: Final = "Repeat: {name} lives in {city}, works as a {job}, is {age} years old and likes the {city} of today."
-NAMES: Final = ("Ann", "Bob", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack", "Kate", "Liam", "Mia")
-CITIES: Final = ("Paris", "Rome", "Berlin", "Madrid", "Vienna", "London", "Oslo", "Lisbon", "Athens", "Dublin")
-JOBS: Final = ("baker", "teacher", "nurse", "driver", "painter", "doctor", "singer", "farmer", "pilot", "lawyer")
+MOST_ROUNDS: Final = 60
+WAVES: Final = 4  # times as many sequences in a round as at once
 
 
 @dataclass
 class Machine:
-    """A scheduler over the one runner, without sockets; what it took so far."""
+    """A scheduler over half of the one runner's pages, without sockets; what it took so far."""
 
-    runner: Runner
+    half: int
     speculator: Speculator | None
     eos: int | None
     seconds: float = 0.0
     host_s: float = 0.0
     num_planned: int = 0  # sequences, summed over steps
+    num_drawn: int = 0
     drafted: int = 0
     accepted: int = 0
-    times: list[float] = field(default_factory=list)
+    said: list[list[int]] = field(default_factory=list)
 
-    def generate(self, prompts: list[IntArray], temperature: float) -> list[list[int]]:
-        """Return what each prompt is continued with; adds the milliseconds of decoding per token to `times`."""
-        speculator = self.speculator
+    def begin(self, executor: Executor, asks: list[Ask], batch: int, temperature: float) -> None:
+        """Take in the prompts of a round."""
+        self.seconds, self.num_drawn = 0.0, 0
         cache = PrefixCache(PAGES, PAGE_SIZE)
-        scheduler = Scheduler(cache, token_budget=1024, max_running=64, speculator=speculator)
-        params = SamplingParams(max_tokens=MOST_NEW, temperature=temperature, ignore_eos=self.eos is None)
-        sequences = [Sequence(prompt, params=params, seed=i) for i, prompt in enumerate(prompts)]
-        for sequence in sequences:
-            scheduler.submit(sequence)
-        self.seconds = 0.0
-        while scheduler.has_work:
-            self._step(scheduler)
-        self.drafted += scheduler.counters.drafted_tokens
-        self.accepted += scheduler.counters.accepted_tokens
-        said = [sequence.generated.tolist() for sequence in sequences]
-        self.times.append(1e3 * self.seconds / sum(len(ids) - 1 for ids in said))
-        return said
+        held = cache.allocator.allocate(PAGES) or []
+        cache.allocator.release([page for page in held if page % 2 == self.half])
+        self.executor, self.batch = executor, batch
+        self.scheduler = Scheduler(cache, token_budget=1024, max_running=batch, speculator=self.speculator)
+        self.sequences = []
+        for seed, ask in enumerate(asks):
+            length = TEXT_LEN if ask.text is None else len(ask.text)
+            params = SamplingParams(max_tokens=length, temperature=temperature, ignore_eos=self.eos is None)
+            self.sequences.append(Sequence(ask.prompt, params=params, seed=seed))
+            self.scheduler.submit(self.sequences[-1])
 
-    def _step(self, scheduler: Scheduler) -> None:
+    def end(self) -> None:
+        """Keep what was said and counted."""
+        self.said += [sequence.generated.tolist() for sequence in self.sequences]
+        self.drafted += self.scheduler.counters.drafted_tokens
+        self.accepted += self.scheduler.counters.accepted_tokens
+
+    def step(self) -> bool:
+        """Run a step, unless all is said."""
+        if not self.scheduler.has_work:
+            return False
         begin, host = time.perf_counter(), time.thread_time()
-        step = scheduler.plan()
+        step = self.scheduler.plan()
         assert step is not None, "what has work has a plan"
         is_decode = all(row.sample is not None and len(row.sample.generated) for row in step.batch.rows)
-        self.host_s += (time.thread_time() - host) * is_decode
-        results = self.runner.execute(step.batch)
+        is_decode = is_decode and len(step.sequences) == self.batch
+        planned = time.thread_time() - host
+        results = self.executor.execute(step.batch)
         host = time.thread_time()
-        outcomes = scheduler.commit(step, results)
-        self.host_s += (time.thread_time() - host) * is_decode
-        self.num_planned += len(step.sequences) * is_decode
+        outcomes = self.scheduler.commit(step, results)
         for outcome in outcomes:
-            drawn = outcome.sequence.generated.tolist()
-            if self.eos in drawn:
-                scheduler.cut(outcome.sequence, drawn.index(self.eos) + 1)
-            if self.eos in drawn or len(drawn) == MOST_NEW:
-                scheduler.finish(outcome.sequence)
-        self.seconds += (time.perf_counter() - begin) * is_decode
+            self._end_if_done(outcome.sequence)
+        if is_decode:
+            self.host_s += planned + time.thread_time() - host
+            self.num_planned += len(step.sequences)
+            self.num_drawn += sum(len(outcome.tokens) for outcome in outcomes)
+            self.seconds += time.perf_counter() - begin
+        return True
+
+    def _end_if_done(self, sequence: Sequence) -> None:
+        assert sequence.params is not None, "all of them generate"
+        drawn = sequence.generated.tolist()
+        if self.eos in drawn:
+            self.scheduler.cut(sequence, drawn.index(self.eos) + 1)
+        if self.eos in drawn or len(drawn) == sequence.params.max_tokens:
+            self.scheduler.finish(sequence)
 
 
-class Asked:
-    """Prompts for the bundled model."""
+@dataclass
+class Case:
+    """A workload of so many sequences at once; what came out of its rounds: ms per token of both machines."""
 
-    def __init__(self, template: str) -> None:
-        self._template = template
-        self._tokenizer = load_tokenizer(resolve_model("pocket"))
-        (self.eos,) = self._tokenizer.encode("<|im_end|>", special=True)
+    runner: Runner
+    source: Asked | Told
+    workload: Workload
+    batch: int
+    machines: tuple[Machine, Machine]
+    ms_per_token: list[tuple[float, float]] = field(default_factory=list)
 
-    def prompts(self, count: int, seed: int) -> list[IntArray]:
-        """Return as many prompts that differ in what they say."""
-        rng = Random(seed)
-        return [self._prompt(rng) for _ in range(count)]
+    def round(self, number: int) -> None:
+        """Answer the round's prompts on both machines."""
+        rng = Random(f"{self.workload} {self.batch} {number}")
+        asks = self.source.asks(self.workload, WAVES * self.batch, rng)
+        texts = [ask.text for ask in asks if ask.text is not None]
+        executor: Executor = Scripted(self.runner, texts) if texts else self.runner
+        for machine in self.machines:
+            machine.begin(executor, asks, self.batch, 1.0 if self.workload == "random" else 0.0)
+        running, turn = True, number
+        while running:
+            order = self.machines if turn % 2 == 0 else self.machines[::-1]
+            running = any([machine.step() for machine in order])
+            turn += 1
+        for machine in self.machines:
+            machine.end()
+        plain, fast = self.machines
+        assert plain.said == fast.said, "speculation changed a text"
+        self.ms_per_token.append((1e3 * plain.seconds / plain.num_drawn, 1e3 * fast.seconds / fast.num_drawn))
 
-    def _prompt(self, rng: Random) -> IntArray:
-        words = {"name": rng.choice(NAMES), "city": rng.choice(CITIES), "job": rng.choice(JOBS)}
-        asked = self._template.format(**words, age=rng.randint(20, 90))
-        text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-        return np.array(self._tokenizer.encode(text, special=True), dtype=np.int32)
+    def run(self, rounds: int, budget_s: float) -> None:
+        """Run up to so many rounds, none begun after that long, after one that warms up; at least three."""
+        self.round(-1)
+        self.ms_per_token.clear()
+        begin = time.monotonic()
+        for number in range(rounds):
+            if number >= 3 and time.monotonic() - begin > budget_s:
+                break
+            gc.collect()
+            gc.disable()
+            try:
+                self.round(number)
+            finally:
+                gc.enable()
 
-
-class Noise:
-    """Prompts that share nothing."""
-
-    eos = None
-
-    def prompts(self, count: int, seed: int) -> list[IntArray]:
-        rng = np.random.default_rng(seed)
-        return [rng.integers(FIRST_WORD, VOCAB_SIZE - 2, 128).astype(np.int32) for _ in range(count)]
-
-
-def measure(runner: Runner, row_cost: float, workload: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Run one workload in turns; return its line."""
-    source = Noise() if workload == "random" else Asked(RECORD if workload == "siblings" else REPEAT)
-    machines = (
-        Machine(runner, None, source.eos),
-        Machine(runner, Speculator(runner.context_len, row_cost=row_cost), source.eos),
-    )
-    for turn in range(rounds + 1):
-        prompts = source.prompts(batch, seed=100 * turn + batch)
-        said = {
-            i: machines[i].generate(prompts, 1.0 if workload == "random" else 0.0) for i in ((0, 1), (1, 0))[turn % 2]
+    def figures(self) -> dict[str, Any]:
+        """Return the case's line."""
+        plain, fast = zip(*self.ms_per_token, strict=True)
+        gains = [one / other for one, other in self.ms_per_token]
+        drafting = self.machines[1]
+        num_drawn = sum(len(ids) for ids in drafting.said)
+        return {
+            "workload": self.workload,
+            "batch": self.batch,
+            "plain_ms_per_token": Summary.of(plain),
+            "speculating_ms_per_token": Summary.of(fast),
+            "gain": Summary.of(gains),
+            "gain_interval": interval(gains),
+            "drafted_per_token": round(drafting.drafted / num_drawn, 3),
+            "accepted_share": round(drafting.accepted / max(drafting.drafted, 1), 3),
+            "tokens_per_text": round(median(map(len, drafting.said)), 1),
+            "host_us_per_sequence": [round(1e6 * m.host_s / m.num_planned, 1) for m in self.machines],
         }
-        assert said[0] == said[1], "speculation changed a text"
-    plain, fast = (machine.times[1:] for machine in machines)  # the first turn warms up
-    gains = [one / other for one, other in zip(plain, fast, strict=True)]
-    drafting = machines[1]
-    num_drawn = sum(len(ids) for ids in said[1])
-    return {
-        "workload": workload,
-        "batch": batch,
-        "row_cost": round(row_cost, 3),
-        "plain_ms_per_token": round(statistics.median(plain), 3),
-        "speculating_ms_per_token": round(statistics.median(fast), 3),
-        "gain": round(statistics.median(gains), 3),
-        "gain_spread": [round(min(gains), 3), round(max(gains), 3)],
-        "drafted_per_token": round(drafting.drafted / (rounds + 1) / num_drawn, 3),
-        "accepted_share": round(drafting.accepted / max(drafting.drafted, 1), 3),
-        "host_us_per_sequence": [round(1e6 * m.host_s / m.num_planned, 1) for m in machines],
-    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return two of the values between which the median lies with 95 %, whatever they are distributed like."""
+    ordered, num = sorted(values), len(values)
+    below = max(int(num / 2 - 0.98 * num**0.5), 0)
+    return ordered[below], ordered[num - 1 - below]
+
+
+def measure(model: str, options: argparse.Namespace, rounds: int, budget_s: float) -> list[dict[str, Any]]:
+    """Return the lines of a model's cases."""
+    folder: Path = resolve_model("pocket") if model == "pocket" else llama_30m(options.models_dir)
+    runner = load_runner(folder, dtype="bfloat16", page_size=PAGE_SIZE, num_pages=PAGES)
+    assert runner.exact, "speculation needs attention whose bits do not tell how a token was computed"
+    runner.warm_up()
+    costs = measure_draft_costs(runner)
+    source = Asked() if model == "pocket" else Told()
+    lines = []
+    for workload in options.workload:
+        for batch in options.batch:
+            machines = Machine(0, None, source.eos), Machine(1, Speculator(runner.context_len, costs=costs), source.eos)
+            case = Case(runner, source, workload, batch, machines)
+            case.run(rounds, budget_s)
+            lines.append({"model": model, **case.figures(), "costs": rounded(costs)})
+    return lines
+
+
+def rounded(costs: DraftCosts) -> dict[str, float]:
+    """Return the costs as the document keeps them."""
+    return {name: round(value, 4) for name, value in asdict(costs).items()}
+
+
+def row(line: dict[str, Any]) -> list[object]:
+    """Return a line of the table."""
+    low, high = line["gain_interval"]
+    gain: Summary = line["gain"]
+    return [
+        *(line["model"], line["workload"], line["batch"]),
+        short(line["plain_ms_per_token"].median),
+        short(line["speculating_ms_per_token"].median),
+        f"**{gain.median:.3f}** ({low:.3f}–{high:.3f})",  # noqa: RUF001
+        f"{gain.least:.2f}–{gain.most:.2f}",  # noqa: RUF001
+        gain.num,
+        *(short(line["drafted_per_token"]), short(line["accepted_share"])),
+        " → ".join(map(short, line["host_us_per_sequence"])),
+    ]
 
 
 def main() -> None:
-    """Print one JSON line per workload and batch size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--workload", nargs="+", default=["siblings", "copy", "random"])
-    parser.add_argument("--models", type=Path, default=Path("~/.cache/bough/benchmarks"), help="where models are made")
-    parser.add_argument("--quick", action="store_true", help="3 rounds: see that it works; not figures to quote")
+    """Measure and report."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", nargs="+", choices=("pocket", "30m"), default=["pocket", "30m"])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds after which a case begins no further round")
     options = parser.parse_args()
-    for workload in options.workload:
-        folder = llama_30m(options.models) if workload == "random" else resolve_model("pocket")
-        runner = load_runner(folder, dtype="bfloat16", page_size=PAGE_SIZE, num_pages=PAGES)
-        assert runner.exact, "speculation needs attention whose bits do not tell how a token was computed"
-        runner.warm_up()
-        row_cost = measure_row_cost(runner)
-        for batch in options.batch:
-            rounds = 3 if options.quick else options.rounds
-            print(json.dumps(measure(runner, row_cost, workload, batch, rounds)), flush=True)
+    environment = harness.environment()
+    budget_s = 0.5 if options.quick else options.budget
+    lines = [line for model in options.model for line in measure(model, options, options.reps or MOST_ROUNDS, budget_s)]
+    headers = ("model", "workload", "batch", "plain, ms per token", "speculating", "gain (median at 95 %)", "rounds")
+    headers += ("n", "drafted per token", "came true", "host, µs per sequence and step")
+    harness.report("bench_speculation", options, environment, lines, [harness.table(headers, map(row, lines))])
 
 
 if __name__ == "__main__":

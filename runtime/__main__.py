@@ -196,6 +196,7 @@ def _build(
     # These import torch: after the arguments are known to be good.
     from bough.runtime.cache.prefix_cache import PrefixCache
     from bough.runtime.composer import Composer
+    from bough.runtime.draft_costs import measure_draft_costs
     from bough.runtime.engine import Engine
     from bough.runtime.grammar.compiler import GrammarCompiler
     from bough.runtime.grammar.vetting import Vetter
@@ -203,7 +204,6 @@ def _build(
     from bough.runtime.inflight import InFlight
     from bough.runtime.pipeline import Executor, Launcher
     from bough.runtime.prompter import Prompter
-    from bough.runtime.row_cost import measure_row_cost
     from bough.runtime.runner import load_runner
     from bough.runtime.scheduler import Scheduler
     from bough.runtime.speculation import Speculator
@@ -240,13 +240,13 @@ def _build(
     cache = PrefixCache(runner.num_pages, runner.page_size, enabled=config.radix_cache)
     loading.enter("warming up")
     runner.warm_up()
-    row_cost = measure_row_cost(runner) if config.speculate else 0.0
+    draft_costs = measure_draft_costs(runner) if config.speculate else None
     scheduler = Scheduler(
         cache,
         token_budget=config.token_budget,
         max_running=config.max_running,
         policy=config.schedule_policy,
-        speculator=Speculator(runner.context_len, row_cost=row_cost) if config.speculate else None,
+        speculator=Speculator(runner.context_len, costs=draft_costs) if draft_costs else None,
     )
     epoch = secrets.randbits(62)
     seed = config.seed if config.seed is not None else secrets.randbits(62)
@@ -273,7 +273,7 @@ def _build(
             num_pages=runner.num_pages,
             vocab_size=runner.vocab_size,
             context_len=runner.context_len,
-            row_cost=row_cost,
+            draft_costs=dataclasses.asdict(draft_costs) if draft_costs else None,
         )
     may_overlap = config.overlap and journal is None and not config.speculate
     launcher = runner if may_overlap and isinstance(runner, Launcher) else None

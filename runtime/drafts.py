@@ -1,8 +1,8 @@
 """Drafts from text that is there already, and whether they are worth making; pure, one sequence at a time.
 
     tree       what other sequences went on with after the very same tokens (`RadixTree.continuation`)
+    siblings   what followed the same three tokens in what the namespace drew, if the last two times agree
     repeated   what followed the sequence's own last tokens when they stood there before
-    siblings   what followed the same three tokens in what others of the namespace drew
 
 Prompt lookup: Saxena 2023; drafts from a suffix index of earlier outputs: SuffixDecoding (arXiv 2411.04975).
 """
@@ -10,78 +10,109 @@ Prompt lookup: Saxena 2023; drafts from a suffix index of earlier outputs: Suffi
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from bough.runtime.vector import IntArray
 
 MOST_DRAFT: Final = 8  # tokens of one draft
 FIRST_DRAFT: Final = 2  # tokens of a sequence's first: nothing is known of it yet
 LEAST_MATCH: Final = 3  # tokens that have to be the same before a draft
+MOST_LOSS: Final = 0.01  # of a sequence's time: what drafts and looks that win nothing may take on
+MOST_SAVED: Final = 2.0  # tokens: how much of what drafts won may be lost again before they stop
+_LONGER: Final = 8  # times the first pause, at most
 _MOST_MATCH: Final = 16
 _MOST_COMPARED: Final = 64  # places where those stand, the latest
-_MOST_SEARCHED: Final = 16_384  # tokens: one comparison with each, 10 us in all
+_MOST_SEARCHED: Final = 16_384  # tokens: one comparison with each, 5 us in all
 _MOST_NGRAMS: Final = 32_768  # in each of two generations
 _DECAY: Final = 0.25  # weight of the newest token in the accepted share
-_LONGEST_PAUSE: Final = 64  # steps
-_LONGEST_MISS: Final = 8  # steps; to look for a draft costs little
+_LEAST_SHARE: Final = 0.01
+_BACK: Final = np.arange(LEAST_MATCH, _MOST_MATCH + 1)
 _EMPTY: Final[IntArray] = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """What drafting costs on this machine, in units of what a step takes beside its tokens.
+
+    row: the time that one more token of a step takes. draft: of the host for a draft, however long: looked for, given
+    slots, taken in. look: of the host for a look that finds nothing.
+    """
+
+    row: float = 0.1  # 30M parameters in bfloat16 on two cores
+    draft: float = 0.01
+    look: float = 0.001
 
 
 @dataclass(slots=True)
 class Pace:
-    """How well one sequence's drafts do, and when it tries again.
+    """How well one sequence's drafts do, and when it tries again: an account of what they win and cost.
 
     drafted, accepted: tokens so far. share: how probably a drafted token comes true if those before it did, the newest
-    weigh most. least: the share at which a token more costs what it gains, when the last draft was made. wait: steps
-    without a draft; pause: how many the next draft costs that does not pay, miss: the next look that finds none.
-    num_learned: how many of the sequence's tokens its siblings know of.
+    weigh most. balance: what drafts won less what they cost, in tokens of plain decoding. Below zero the sequence
+    stops, for as many steps as make the debt MOST_LOSS of them; each time in a row that nothing is won twice as long.
+    wakes_at: the turn before which it stops; turn, value: of the last look. pause, miss: how many times as long the
+    next stop is, after a draft and after a look for one. num_learned: how many of its tokens its siblings know of.
     """
 
     drafted: int = 0
     accepted: int = 0
     share: float = 0.5
-    least: float = 0.0
-    wait: int = 0
+    balance: float = 0.0
+    wakes_at: int = 0
+    turn: int = 0
+    value: float = 1.0
     pause: int = 1
     miss: int = 1
     num_learned: int = 0
 
-    def allowed(self, least: float) -> int:
-        """Return how many tokens to draft in this step; 0 while waiting. Once per step.
+    def allowed(self, turn: int, value: float, costs: DraftCosts) -> int:
+        """Return how many tokens to draft in this turn; 0 while it stops.
 
-        least: between 0 and 1, what a token more costs of what it gains if it comes true. The j-th of a draft does with
-        probability share ** j. A sequence whose share is below tries with one token now and then, for texts change.
+        value: what a token that comes true saves, in units of costs. The j-th of a draft does with probability
+        share ** j, so the last is the one that still wins as much as its row costs. A sequence all of whose tokens are
+        expected to cost more tries with one, for texts change.
         """
-        if self.wait:
-            self.wait -= 1
+        if turn < self.wakes_at:
             return 0
-        self.least = least
+        self.turn, self.value = turn, value
+        least = min(costs.row / value, 1.0)
         paying = MOST_DRAFT if self.share**MOST_DRAFT >= least else int(math.log(least) / math.log(self.share))
         return max(1, min(paying, MOST_DRAFT if self.drafted else FIRST_DRAFT))
 
-    def record(self, drafted: int, accepted: int) -> None:
+    def record(self, drafted: int, accepted: int, costs: DraftCosts) -> None:
         """Take in how a draft of at least one token came out."""
         self.drafted += drafted
         self.accepted += accepted
         for _ in range(accepted):
             self.share += _DECAY * (1 - self.share)
         if accepted < drafted:
-            self.share -= _DECAY * self.share
+            self.share = max(self.share - _DECAY * self.share, _LEAST_SHARE)
+        won = accepted - (costs.draft + costs.row * drafted) / self.value
         self.miss = 1
-        if not accepted or self.share < self.least:
-            self.wait = self.pause
-            self.pause = min(2 * self.pause, _LONGEST_PAUSE)
-        else:
+        if won > 0:
             self.pause = 1
+        if self._book(won, self.pause):
+            self.pause = min(2 * self.pause, _LONGER)
 
-    def missed(self) -> None:
+    def missed(self, costs: DraftCosts) -> None:
         """Nothing to draft was found."""
-        self.wait = self.miss
-        self.miss = min(2 * self.miss, _LONGEST_MISS)
+        if self._book(-costs.look / self.value, self.miss):
+            self.miss = min(2 * self.miss, _LONGER)
+
+    def _book(self, won: float, longer: int) -> bool:
+        """Add to the balance, in tokens; True if it stops now, until the debt has been small change."""
+        self.balance = min(self.balance + won, MOST_SAVED)
+        if self.balance >= 0:
+            return False
+        self.wakes_at = self.turn + 1 + math.ceil(-self.balance / MOST_LOSS * longer)
+        self.balance = 0.0
+        return True
 
 
 def repeated(tokens: IntArray, count: int) -> IntArray:
@@ -93,44 +124,75 @@ def repeated(tokens: IntArray, count: int) -> IntArray:
     tokens = tokens[-_MOST_SEARCHED:]
     if len(tokens) <= LEAST_MATCH or count < 1:
         return _EMPTY
-    last, middle, first = tokens[-1], tokens[-2], tokens[-3]
-    ends = LEAST_MATCH - 1 + np.flatnonzero((tokens[2:-1] == last) & (tokens[1:-2] == middle) & (tokens[:-3] == first))
+    # Token by token: most last tokens stand nowhere else, or behind another one.
+    (ends,) = (tokens[LEAST_MATCH - 1 : -1] == tokens[-1]).nonzero()
     if not len(ends):
         return _EMPTY
-    back = np.arange(LEAST_MATCH, min(_MOST_MATCH, len(tokens)))
-    at = ends[-_MOST_COMPARED:, None] - back
-    agrees = (at >= 0) & (tokens[np.maximum(at, 0)] == tokens[len(tokens) - 1 - back])
-    lengths = np.logical_and.accumulate(agrees, axis=1).sum(axis=1)
-    best = ends[len(ends) - 1 - int(lengths[::-1].argmax())]  # the latest of the longest
-    draft: IntArray = np.resize(tokens[best + 1 :], count)
+    ends += LEAST_MATCH - 1
+    for back in range(1, LEAST_MATCH):
+        ends = ends[tokens[ends - back] == tokens[-1 - back]]
+    if not len(ends):
+        return _EMPTY
+    first = 1 + int(ends[0] if len(ends) == 1 else _longest(tokens, ends[-_MOST_COMPARED:]))
+    if first + count <= len(tokens):
+        return tokens[first : first + count]
+    draft: IntArray = np.resize(tokens[first:], count)
     return draft
 
 
+def _longest(tokens: IntArray, ends: npt.NDArray[np.intp]) -> int:
+    """Return the one of `ends` where most tokens before it are those at the end of the text; the latest of several."""
+    at = ends[:, None] - _BACK[: len(tokens) - LEAST_MATCH]
+    differs = tokens[at] != tokens[-1 - _BACK[: at.shape[1]]]
+    differs |= at < 0
+    differs[:, -1] = True  # more is not looked at
+    return int(ends[len(ends) - 1 - int(differs.argmax(axis=1)[::-1].argmax())])
+
+
+_Followed: TypeAlias = dict[Hashable, dict[tuple[int, ...], int]]  # of each namespace, by the tokens before
+
+
 class NgramTable:
-    """The token that followed each LEAST_MATCH tokens last, per namespace; forgets what was seen long ago."""
+    """The token that followed each LEAST_MATCH tokens last, per namespace; forgets what was seen long ago.
+
+    Where the last two were not the same, what follows is doubtful, and no draft: ~token is kept. So a record's keys are
+    drafted and its values are not.
+    """
 
     def __init__(self, most: int = _MOST_NGRAMS) -> None:
         self._most = most
-        self._young: dict[tuple[Hashable, ...], int] = {}
-        self._old: dict[tuple[Hashable, ...], int] = {}
+        self._num_young = 0
+        self._young: _Followed = {}
+        self._old: _Followed = {}
 
     def learn(self, namespace: Hashable, tokens: IntArray) -> None:
         """Remember what followed what in `tokens`: each that has LEAST_MATCH before it."""
         ids = tokens.tolist()
-        for end in range(LEAST_MATCH, len(ids)):
-            self._young[(namespace, *ids[end - LEAST_MATCH : end])] = ids[end]
-        if len(self._young) >= self._most:
-            self._young, self._old = {}, self._young
+        if len(ids) <= LEAST_MATCH:
+            return
+        followed = self._young.setdefault(namespace, {})
+        before = zip(*(ids[first:] for first in range(LEAST_MATCH)), strict=False)
+        for key, token in zip(before, ids[LEAST_MATCH:], strict=False):
+            known = followed.get(key, token)
+            followed[key] = token if known in (token, ~token) else ~token
+        self._num_young += len(ids) - LEAST_MATCH
+        if self._num_young >= self._most:
+            self._num_young, self._young, self._old = 0, {}, self._young
 
     def follow(self, namespace: Hashable, tokens: IntArray, count: int) -> IntArray:
         """Return up to `count` tokens that followed one another after the last of `tokens`."""
-        ids = tokens[-LEAST_MATCH:].tolist()
-        if len(ids) < LEAST_MATCH:
-            return _EMPTY
-        while len(ids) < LEAST_MATCH + count:
-            key = (namespace, *ids[-LEAST_MATCH:])
-            token = self._young.get(key, self._old.get(key))
+        young, old = self._young.get(namespace, _NOTHING), self._old.get(namespace, _NOTHING)
+        before = tuple(tokens[-LEAST_MATCH:].tolist())
+        found: list[int] = []
+        while len(found) < count:
+            token = young.get(before)
             if token is None:
+                token = old.get(before)
+            if token is None or token < 0:
                 break
-            ids.append(token)
-        return np.array(ids[LEAST_MATCH:], dtype=np.int32)
+            found.append(token)
+            before = (*before[1:], token)
+        return np.array(found, dtype=np.int32) if found else _EMPTY
+
+
+_NOTHING: Final[Mapping[tuple[int, ...], int]] = MappingProxyType({})

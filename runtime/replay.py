@@ -18,6 +18,7 @@ from bough.runtime.batch import Batch, Row, RowResult
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
+from bough.runtime.drafts import DraftCosts
 from bough.runtime.engine import Engine
 from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.vocabulary import Vocabulary
@@ -98,6 +99,10 @@ class _Clock:
         return self.now
 
 
+def _speculator(start: dict[str, Any]) -> Speculator:
+    return Speculator(start["context_len"], costs=DraftCosts(**start["draft_costs"]))
+
+
 class Replay:
     """A runtime without its wire and its model, driven by events."""
 
@@ -112,7 +117,7 @@ class Replay:
             token_budget=config.token_budget,
             max_running=config.max_running,
             policy=config.schedule_policy,
-            speculator=Speculator(start["context_len"], row_cost=start["row_cost"]) if config.speculate else None,
+            speculator=_speculator(start) if config.speculate else None,
             clock=self._clock,
         )
         prompter = Prompter(load_tokenizer(folder), load_chat_template(folder), start["model"])

@@ -410,7 +410,8 @@ class Scheduler:
 
     def _settle_draft(self, sequence: Sequence, lease: Lease, drafted: int, accepted: int) -> None:
         """Give back the pages that only what was rejected needed."""
-        sequence.pace.record(drafted, accepted)
+        assert self._speculator is not None, "somebody made the draft"
+        self._speculator.settle(sequence, drafted, accepted)
         self.counters.drafted_tokens += drafted
         self.counters.accepted_tokens += accepted
         self.cache.trim(lease, len(sequence.tokens))

@@ -1,9 +1,10 @@
 """`Speculator`: which sequences of a step draft what, and what they learn from one another.
 
 A draft is verified in the step that computes it: sampling is a function of logits, seed and position, so the token
-drawn at each position is the one plain decoding draws, and a draft holds as far as it says the same. Where drafts do
-not come true a sequence stops trying, and looks again ever more rarely. Drafts take pages that are free, and what the
-token budget leaves; a grammar's sequences draft nothing, for each of their draws needs the grammar's next state.
+drawn at each position is the one plain decoding draws, and a draft holds as far as it says the same. A sequence whose
+drafts do not win back what they cost, rows of steps and time of the host, stops trying, and looks again ever more
+rarely (`drafts.Pace`). Drafts take pages that are free, and what the token budget leaves; a grammar's sequences draft
+nothing, for each of their draws needs the grammar's next state.
 """
 
 from __future__ import annotations
@@ -12,49 +13,51 @@ from collections.abc import Mapping
 from typing import Final
 
 from bough.runtime.cache.prefix_cache import PrefixCache
-from bough.runtime.drafts import LEAST_MATCH, NgramTable, repeated
+from bough.runtime.drafts import LEAST_MATCH, DraftCosts, NgramTable, repeated
 from bough.runtime.sequence import Sequence
 from bough.runtime.vector import IntArray
 
 # Steps of so many tokens have no drafts: their products are bound by arithmetic, and a row more costs as much as any.
 MOST_TOKENS: Final = 64
-USUAL_ROW_COST: Final = 0.1  # 30M parameters in bfloat16 on two cores
 
 
 class Speculator:
     """Makes drafts for the scheduler, its only caller.
 
-    context_len: no token is drafted at or beyond it. row_cost: the time that one more token of a step takes, in units
-    of what a step takes beside its tokens, as measured when the runtime started.
+    context_len: no token is drafted at or beyond it. costs: as measured when the runtime started, or usual ones; what
+    is drafted depends on them and on what was drawn alone, so that a replay drafts the same.
     """
 
-    def __init__(self, context_len: int, *, row_cost: float = USUAL_ROW_COST, most_tokens: int = MOST_TOKENS) -> None:
+    def __init__(self, context_len: int, *, costs: DraftCosts | None = None, most_tokens: int = MOST_TOKENS) -> None:
         self.context_len = context_len
-        self.row_cost = row_cost
+        self.costs = costs or DraftCosts()
         self.most_tokens = most_tokens
         self._siblings = NgramTable()
+        self._turn = 0
 
-    def least_share(self, num_tokens: int) -> float:
-        """Return how probable a token has to be to be worth its row in a step of `num_tokens`.
+    def value(self, num_tokens: int) -> float:
+        """Return what a token that comes true saves in a step of `num_tokens`, in units of what costs are in.
 
-        A step takes 1 + row_cost * num_tokens. That is what all its tokens take together, so a token that needs no row
-        of a later step saves the num_tokens-th part of it, and one that does not come true costs row_cost.
+        A step takes 1 + row * num_tokens. That is what all its tokens take together, so a token that needs no row of a
+        later step saves the num_tokens-th part of it.
         """
-        rows = self.row_cost * num_tokens
-        return rows / (1 + rows)
+        return self.costs.row + 1 / num_tokens
 
     def drafts(self, rows: Mapping[Sequence, int], cache: PrefixCache, token_budget: int) -> dict[Sequence, IntArray]:
         """Return drafts for the sequences of a step, each with slots. rows: how many tokens of each it computes."""
         found: dict[Sequence, IntArray] = {}
+        self._turn += 1
         most = min(token_budget, self.most_tokens)
         num_tokens = sum(rows.values())
         for sequence in rows:
             if num_tokens >= most:
                 break
-            if not sequence.is_drawing:
+            pace = sequence.pace
+            if self._turn < pace.wakes_at or not sequence.is_drawing:
                 continue
-            allowed = sequence.pace.allowed(self.least_share(num_tokens))
-            if allowed and len(draft := self._drafted(sequence, cache, min(allowed, most - num_tokens))):
+            allowed = pace.allowed(self._turn, self.value(num_tokens), self.costs)
+            draft = self._drafted(sequence, cache, min(allowed, most - num_tokens))
+            if len(draft):
                 found[sequence] = draft
                 num_tokens += len(draft)
         return found
@@ -73,7 +76,7 @@ class Speculator:
             return tokens[:0]
         draft = self.draft(sequence.namespace, tokens, cache.continuation(lease, tokens, count), count)
         if not len(draft):
-            sequence.pace.missed()
+            sequence.pace.missed(self.costs)
         elif not cache.reserve(lease, len(tokens) + len(draft)):
             return draft[:0]
         return draft
@@ -82,12 +85,18 @@ class Speculator:
         """Return at most `count` tokens that may follow `tokens`; cached: what the tree has after them."""
         if len(cached):
             return cached[:count]
-        found = repeated(tokens, count)
-        return found if len(found) else self._siblings.follow(namespace, tokens, count)
+        found = self._siblings.follow(namespace, tokens, count)
+        return found if len(found) else repeated(tokens, count)
+
+    def settle(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        """Take in how many tokens of a sequence's draft came true."""
+        sequence.pace.record(drafted, accepted, self.costs)
 
     def learn(self, sequence: Sequence) -> None:
         """Take in what a sequence drew since the last time."""
         first = max(sequence.pace.num_learned, sequence.prompt_len)
+        if first >= len(sequence.tokens):
+            return
         tokens = sequence.tokens.view(max(first - LEAST_MATCH, 0))
         self._siblings.learn(sequence.namespace, tokens)
         sequence.pace.num_learned = len(sequence.tokens)

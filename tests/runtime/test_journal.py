@@ -16,6 +16,7 @@ from fakes import FakeClock, FakeRunner
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
+from bough.runtime.drafts import DraftCosts
 from bough.runtime.engine import Engine
 from bough.runtime.grammar.compiler import GrammarCompiler, GrammarKey
 from bough.runtime.grammar.vocabulary import Vocabulary
@@ -47,6 +48,7 @@ from bough.runtime.text.chat import load_chat_template
 from bough.runtime.text.tokenizer import load_tokenizer
 
 CONFIG = RuntimeConfig(token_budget=12, max_running=3)
+COSTS = DraftCosts(row=0.2, draft=0.03, look=0.004)
 PAGES, PAGE_SIZE, CONTEXT_LEN, SEED = 24, 4, 200, 5
 
 
@@ -55,7 +57,7 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0, 
     tokenizer, clock = load_tokenizer(resolve_model("pocket")), FakeClock()
     grammars = GrammarCompiler(Vocabulary(tokenizer, tokenizer.vocab_size), is_deferred=True)
     cache = PrefixCache(PAGES, PAGE_SIZE)
-    speculator = Speculator(CONTEXT_LEN, row_cost=0.2) if speculate else None
+    speculator = Speculator(CONTEXT_LEN, costs=COSTS) if speculate else None
     scheduler = Scheduler(cache, token_budget=12, max_running=3, clock=clock, speculator=speculator)
     composer = Composer(
         Prompter(tokenizer, load_chat_template(resolve_model("pocket")), "pocket"),
@@ -69,8 +71,9 @@ def record(path: Path, requests: Sequence[Request], *, clock_step: float = 0.0, 
     session = Session(b"me", "local", "test", 0.0)
     with Journal(path) as journal:
         facts = {"model": "pocket", "version": "0", "seed": SEED, "epoch": 1, "page_size": PAGE_SIZE}
-        sizes = {"num_pages": PAGES, "vocab_size": tokenizer.vocab_size, "context_len": CONTEXT_LEN, "row_cost": 0.2}
-        journal.start(dataclasses.replace(CONFIG, speculate=speculate), **facts, **sizes)
+        sizes = {"num_pages": PAGES, "vocab_size": tokenizer.vocab_size, "context_len": CONTEXT_LEN}
+        costs = {"draft_costs": dataclasses.asdict(COSTS)}
+        journal.start(dataclasses.replace(CONFIG, speculate=speculate), **facts, **sizes, **costs)
         journal.hello(0.0, b"me", "local", "test")
         in_flight = InFlight(scheduler, RecordingExecutor(runner, journal), credit=CONFIG.credit, clock=clock)
         on_compiled = journal.compiled

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bough.runtime.batch import Row, SampleRequest
+from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 from bough.runtime.cache.prefix_cache import PrefixCache
-from bough.runtime.drafts import FIRST_DRAFT, LEAST_MATCH, MOST_DRAFT, NgramTable, Pace, repeated
+from bough.runtime.draft_costs import measure_draft_costs
+from bough.runtime.drafts import (
+    FIRST_DRAFT,
+    LEAST_MATCH,
+    MOST_DRAFT,
+    MOST_LOSS,
+    MOST_SAVED,
+    DraftCosts,
+    NgramTable,
+    Pace,
+    repeated,
+)
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
@@ -92,44 +106,132 @@ def test_the_tree_goes_on_after_what_is_published_and_what_is_not_yet() -> None:
     assert cache.tree.clock == clock
 
 
+COSTS = DraftCosts(row=0.1, draft=0.03, look=0.002)
+
+
+def turns(pace: Pace, count: int, share: float, value: float = 1.1, costs: DraftCosts = COSTS, first: int = 1) -> float:
+    """Let drafts come true with probability `share` a token; return what they won, in tokens, cost subtracted."""
+    rng, before = np.random.default_rng(0), (pace.drafted, pace.accepted)
+    num_drafts = 0
+    for turn in range(first, first + count):
+        if allowed := pace.allowed(turn, value, costs):
+            num_drafts += 1
+            pace.record(allowed, next((i for i in range(allowed) if rng.random() >= share), allowed), costs)
+    rows = pace.drafted - before[0]
+    return pace.accepted - before[1] - (costs.draft * num_drafts + costs.row * rows) / value
+
+
 def test_drafts_that_come_true_grow_and_others_stop() -> None:
     pace = Pace()
-    assert pace.allowed(0.1) == FIRST_DRAFT, "the first draft is short: nothing is known yet"
+    assert pace.allowed(1, 1.1, COSTS) == FIRST_DRAFT, "the first draft is short: nothing is known of it yet"
     for _ in range(8):
-        pace.record(4, 4)
-    assert pace.allowed(0.1) == MOST_DRAFT
-    tried = 0
-    for _ in range(1000):
-        if allowed := pace.allowed(0.1):
-            tried += allowed
-            pace.record(allowed, 0)
-    assert tried < 60, "what does not pay is tried ever more rarely, one token at a time"
-    while not pace.allowed(0.1):
-        pass
+        pace.record(4, 4, COSTS)
+    assert pace.allowed(2, 1.1, COSTS) == MOST_DRAFT
+    drafted = pace.drafted
+    turns(pace, 1000, share=0.0, first=3)
+    assert pace.drafted - drafted < 60, "what does not pay is tried ever more rarely, one token at a time"
+    turn = pace.wakes_at
+    assert pace.allowed(turn - 1, 1.1, COSTS) == 0
     for _ in range(3):
-        pace.record(1, 1)
-    assert pace.allowed(0.1) > 1, "and again when it does"
+        pace.record(pace.allowed(turn, 1.1, COSTS), 1, COSTS)
+    assert pace.allowed(turn + 1, 1.1, COSTS) > 1, "and again when it does"
 
 
-@given(share=st.floats(0.001, 1), least=st.floats(0.001, 0.999))
+@given(
+    share=st.sampled_from([0.0, 0.05, 0.2]),
+    value=st.floats(0.05, 1.1),
+    row=st.floats(0.01, 0.3),
+    draft=st.floats(0.0, 1.0),
+)
+def test_drafts_that_do_not_pay_take_little_of_a_sequences_time(
+    share: float, value: float, row: float, draft: float
+) -> None:
+    costs = DraftCosts(row=row, draft=draft, look=0.0)
+    won = turns(Pace(), 5000, share, value, costs)
+    dearest = (draft + MOST_DRAFT * row) / value
+    assert won > -(MOST_LOSS * 5000 + MOST_SAVED + dearest)
+
+
+@given(look=st.floats(0.0, 0.5), value=st.floats(0.05, 1.1))
+def test_looks_that_find_nothing_take_little_of_a_sequences_time(look: float, value: float) -> None:
+    pace, costs, looks = Pace(), DraftCosts(look=look), 0
+    for turn in range(1, 2001):
+        if pace.allowed(turn, value, costs):
+            looks += 1
+            pace.missed(costs)
+    assert (looks - 1) * look / value <= MOST_LOSS * 2000
+    assert looks > 1, "it never stops for good"
+
+
+def test_what_the_host_takes_for_a_draft_decides_too() -> None:
+    won, drafted = {}, {}
+    for draft in (0.01, 0.9):
+        pace = Pace()
+        won[draft] = turns(pace, 500, share=0.5, value=0.9, costs=DraftCosts(row=0.05, draft=draft, look=0.0))
+        drafted[draft] = pace.drafted
+    assert won[0.01] > 200
+    assert drafted[0.9] < 60, "a token comes true of each draft, and costs more than it saves"
+
+
+@given(share=st.floats(0.01, 1), least=st.floats(0.001, 0.999))
 def test_a_draft_ends_where_a_token_more_would_cost_more_than_it_gains(share: float, least: float) -> None:
-    count = Pace(drafted=1, share=share).allowed(least)
+    count = Pace(drafted=1, share=share).allowed(1, 1.0, DraftCosts(row=least))
     assert 1 <= count <= MOST_DRAFT
     assert count == 1 or share**count >= least * (1 - 1e-9)
     assert count == MOST_DRAFT or share ** (count + 1) < least * (1 + 1e-9)
 
 
 def test_what_pays_in_a_small_step_does_not_in_a_large_one() -> None:
-    speculator = Speculator(100, row_cost=0.1)
+    speculator = Speculator(100, costs=DraftCosts(row=0.1, draft=0.0, look=0.0))
     drafted = {}
     for num_tokens in (1, 32):
-        pace, rng = Pace(), np.random.default_rng(0)
-        for _ in range(300):
-            if allowed := pace.allowed(speculator.least_share(num_tokens)):
-                pace.record(allowed, next((i for i in range(allowed) if rng.random() > 0.6), allowed))
+        pace = Pace()
+        turns(pace, 300, share=0.6, value=speculator.value(num_tokens), costs=speculator.costs)
         drafted[num_tokens] = pace.drafted
     assert drafted[1] > 300, "one token in ten of a step's time, and more than half come true"
     assert drafted[32] < 60, "a row takes three quarters of what a token gains"
+
+
+def test_a_sequence_that_never_drafts_right_is_tried_again() -> None:
+    pace = Pace()
+    turns(pace, 100_000, share=0.0)
+    assert 0 < pace.share < 0.1
+    assert pace.drafted > 50
+
+
+def test_costs_are_measured_in_steps_of_this_runner() -> None:
+    class Slow:
+        """A step takes so much that nothing else counts; a token more takes a tenth of it."""
+
+        context_len, num_pages, page_size = 100, 8, 16
+        seconds = 0.0
+
+        def execute(self, batch: Batch) -> list[RowResult]:
+            self.seconds += 50.0 + 5.0 * len(batch.rows[0].token_ids)
+            return []
+
+    slow = Slow()
+    costs = measure_draft_costs(slow, clock=lambda: slow.seconds + time.perf_counter())
+    assert costs.row == pytest.approx(0.1, rel=0.01)
+    assert 0 < costs.look < costs.draft < 0.01, "the host's time is real, and next to nothing of fifty seconds"
+
+
+def test_what_was_followed_by_one_and_then_by_another_is_doubtful_until_they_agree() -> None:
+    table = NgramTable()
+    for token, expected in ((7, [7]), (7, [7]), (8, []), (8, [8]), (9, []), (8, []), (8, [8])):
+        table.learn(None, ids(1, 2, 3, token))
+        assert table.follow(None, ids(1, 2, 3), 1).tolist() == expected
+
+
+def test_a_records_keys_are_drafted_and_its_values_are_not() -> None:
+    speculator = Speculator(1000)
+    for value in (40, 41, 42):
+        sequence = Sequence(ids(9), params=SamplingParams())
+        for token in (1, 2, 3, value, 4, 5, 6, 7):
+            sequence.append(token)
+        speculator.learn(sequence)
+    assert speculator.draft(None, ids(9, 1, 2, 3), ids(), 8).tolist() == []
+    assert speculator.draft(None, ids(3, 50, 4, 5, 6), ids(), 8).tolist() == [7]
 
 
 def test_siblings_learn_what_was_drawn_once_and_no_prompt() -> None:

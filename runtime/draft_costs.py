@@ -1,0 +1,117 @@
+"""What drafting costs on this machine, measured when the runtime starts: rows of a step, and time of the host."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+
+from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
+from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.drafts import DraftCosts
+from bough.runtime.protocol import SamplingParams
+from bough.runtime.scheduler import Scheduler, Step
+from bough.runtime.sequence import Sequence
+from bough.runtime.speculation import Speculator
+from bough.runtime.vector import IntArray
+
+_DRAFT: Final = 32  # tokens: beyond the few that come nearly free while weights are read
+_SECONDS: Final = 0.25
+_ROUNDS: Final = 3, 6  # at least, at most
+_RANGE: Final = 0.01, 2.0  # what a busy machine may have measured of a row is not believed beyond
+_HOST_STEPS: Final = 40
+_PERIOD: Final = 48  # tokens after which a text that repeats itself does
+_PAGE_SIZE: Final = 16
+
+
+class Measured(Protocol):
+    """What of a runner is needed: a pool's sizes, the most tokens of a sequence, and steps that take their time."""
+
+    context_len: int
+    num_pages: int
+    page_size: int
+
+    def execute(self, batch: Batch) -> object:
+        """Compute a step."""
+
+
+def measure_draft_costs(runner: Measured, clock: Callable[[], float] = time.perf_counter) -> DraftCosts:
+    """Return what one more token of a step takes, a draft and a look, in units of what a step takes beside its tokens.
+
+    Rows from a decode step without and with a draft of 32 tokens: a line through both, the fastest of a few of each.
+    The host's time from steps planned and committed without a model, with and without drafts. Writes the slots of the
+    first pages; call it before any page is in use. About a third of a second.
+    """
+    one, row = _seconds(runner, clock)
+    step = max(one - row, row / _RANGE[1])
+    plain, drafting, looking = (_host_seconds(kind, clock) for kind in ("plain", "repeated", "random"))
+    return DraftCosts(
+        row=min(max(row / step, _RANGE[0]), _RANGE[1]),
+        draft=min(max(drafting - plain, 0.0) / step, _RANGE[1]),
+        look=min(max(looking - plain, 0.0) / step, _RANGE[1]),
+    )
+
+
+def _seconds(runner: Measured, clock: Callable[[], float]) -> tuple[float, float]:
+    """Return what a decode step of one sequence takes, and each token more."""
+    count = min(_DRAFT, runner.context_len - 2, runner.num_pages * runner.page_size - 2)
+    plain, drafted = _step(runner, 0), _step(runner, max(count, 0))
+    seconds: list[tuple[float, float]] = []
+    begin = clock()
+    _timed(runner, drafted, clock)  # what is prepared at the first call for this many tokens does not count
+    while len(seconds) < _ROUNDS[0] or (len(seconds) < _ROUNDS[1] and clock() - begin < _SECONDS):
+        seconds.append((_timed(runner, plain, clock), _timed(runner, drafted, clock)))
+    one, many = (min(times) for times in zip(*seconds, strict=True))
+    return one, max(many - one, 0.0) / count if count > 0 else one * _RANGE[1]
+
+
+def _step(runner: Measured, num_draft: int) -> Batch:
+    """Return a decode step of one sequence, its second token, with a draft."""
+    tokens, none = np.zeros(1 + num_draft, dtype=np.int32), np.zeros(0, dtype=np.int32)
+    pages = np.arange(-(-(len(tokens) + 1) // runner.page_size), dtype=np.int32)
+    request = SampleRequest(SamplingParams(), 0, 2, generated=tokens[:1], prompt=none, forbidden=())
+    return Batch((Row(tokens, 1, pages, request, draft=num_draft),))
+
+
+def _timed(runner: Measured, batch: Batch, clock: Callable[[], float]) -> float:
+    begin = clock()
+    runner.execute(batch)
+    return clock() - begin
+
+
+def _host_seconds(kind: str, clock: Callable[[], float]) -> float:
+    """Return what planning and committing a decode step of one sequence takes: the median of some.
+
+    kind: "plain" makes no drafts; "repeated" drafts in every step, none of which comes true, for what does is taken in
+    like any drawn token; "random" looks for a draft in every step and finds none.
+    """
+    length = _PERIOD * 6
+    text = np.arange(length * 10, dtype=np.int32)
+    if kind == "repeated":
+        text %= _PERIOD
+    free = DraftCosts(row=0.0, draft=0.0, look=0.0)
+    speculator = None if kind == "plain" else Speculator(len(text), costs=free)
+    cache = PrefixCache(len(text) // _PAGE_SIZE, _PAGE_SIZE)
+    scheduler = Scheduler(cache, token_budget=length, max_running=1, speculator=speculator)
+    sequence = Sequence(text[:length], params=SamplingParams(max_tokens=len(text) - length))
+    scheduler.submit(sequence)
+    seconds: list[float] = []
+    for _ in range(1 + _HOST_STEPS):
+        begin = clock()
+        step = scheduler.plan()
+        between = clock()
+        assert step is not None, "a generation goes on"
+        results = _results(step, text)
+        resumed = clock()
+        scheduler.commit(step, results)
+        seconds.append(clock() - resumed + between - begin)
+    return statistics.median(seconds[1:])
+
+
+def _results(step: Step, text: IntArray) -> list[RowResult]:
+    """Return what draws `text`, a token in each step."""
+    (row,) = step.batch.rows
+    return [RowResult(int(text[row.start + len(row.token_ids) - row.draft]))]
