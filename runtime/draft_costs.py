@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
@@ -22,7 +23,8 @@ _DRAFT: Final = 32  # tokens: beyond the few that come nearly free while weights
 _SECONDS: Final = 0.25
 _ROUNDS: Final = 3, 6  # at least, at most
 _RANGE: Final = 0.01, 2.0  # what a busy machine may have measured of a row is not believed beyond
-_HOST_STEPS: Final = 40
+_HOST_STEPS: Final = 16
+_LONG_STEP: Final = 0.005  # seconds: of a longer step the host's time for a draft is next to nothing
 _PERIOD: Final = 48  # tokens after which a text that repeats itself does
 _PAGE_SIZE: Final = 16
 
@@ -42,12 +44,14 @@ def measure_draft_costs(runner: Measured, clock: Callable[[], float] = time.perf
     """Return what one more token of a step takes, a draft and a look, in units of what a step takes beside its tokens.
 
     Rows from a decode step without and with a draft of 32 tokens: a line through both, the fastest of a few of each.
-    The host's time from steps planned and committed without a model, with and without drafts. Writes the slots of the
-    first pages; call it before any page is in use. About a third of a second.
+    The host's time from steps planned and committed for a text that is known, with and without drafts, each after a
+    step of the runner: it leaves the processor's caches as it does later, which makes a look twice as long. Writes the
+    slots of the first pages; call it before any page is in use. About a third of a second.
     """
     one, row = _seconds(runner, clock)
     step = max(one - row, row / _RANGE[1])
-    plain, drafting, looking = (_host_seconds(kind, clock) for kind in ("plain", "repeated", "random"))
+    between = partial(runner.execute, _step(runner, 0)) if one < _LONG_STEP else lambda: None
+    plain, drafting, looking = (_host_seconds(kind, clock, between) for kind in ("plain", "repeated", "random"))
     return DraftCosts(
         row=min(max(row / step, _RANGE[0]), _RANGE[1]),
         draft=min(max(drafting - plain, 0.0) / step, _RANGE[1]),
@@ -82,11 +86,11 @@ def _timed(runner: Measured, batch: Batch, clock: Callable[[], float]) -> float:
     return clock() - begin
 
 
-def _host_seconds(kind: str, clock: Callable[[], float]) -> float:
+def _host_seconds(kind: str, clock: Callable[[], float], compute: Callable[[], object]) -> float:
     """Return what planning and committing a decode step of one sequence takes: the median of some.
 
     kind: "plain" makes no drafts; "repeated" drafts in every step, none of which comes true, for what does is taken in
-    like any drawn token; "random" looks for a draft in every step and finds none.
+    like any drawn token; "random" looks for a draft in every step and finds none. compute: called between the two.
     """
     length = _PERIOD * 6
     text = np.arange(length * 10, dtype=np.int32)
@@ -104,6 +108,7 @@ def _host_seconds(kind: str, clock: Callable[[], float]) -> float:
         step = scheduler.plan()
         between = clock()
         assert step is not None, "a generation goes on"
+        compute()
         results = _results(step, text)
         resumed = clock()
         scheduler.commit(step, results)
