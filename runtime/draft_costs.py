@@ -50,8 +50,8 @@ def measure_draft_costs(runner: Measured, clock: Callable[[], float] = time.perf
     """
     one, row = _seconds(runner, clock)
     step = max(one - row, row / _RANGE[1])
-    between = partial(runner.execute, _step(runner, 0)) if one < _LONG_STEP else lambda: None
-    plain, drafting, looking = (_host_seconds(kind, clock, between) for kind in ("plain", "repeated", "random"))
+    compute = partial(runner.execute, _step(runner, 0)) if one < _LONG_STEP else lambda: None
+    plain, drafting, looking = _host_seconds(clock, compute)
     return DraftCosts(
         row=min(max(row / step, _RANGE[0]), _RANGE[1]),
         draft=min(max(drafting - plain, 0.0) / step, _RANGE[1]),
@@ -86,34 +86,40 @@ def _timed(runner: Measured, batch: Batch, clock: Callable[[], float]) -> float:
     return clock() - begin
 
 
-def _host_seconds(kind: str, clock: Callable[[], float], compute: Callable[[], object]) -> float:
-    """Return what planning and committing a decode step of one sequence takes: the median of some.
+def _host_seconds(clock: Callable[[], float], compute: Callable[[], object]) -> list[float]:
+    """Return what planning and committing a decode step of one sequence takes: the median of some, in turns.
 
-    kind: "plain" makes no drafts; "repeated" drafts in every step, none of which comes true, for what does is taken in
-    like any drawn token; "random" looks for a draft in every step and finds none. compute: called between the two.
+    Without drafts; with a draft in every step, none of which comes true, for what does is taken in like any drawn
+    token; and with a look in every step that finds none. compute: called between planning and committing.
     """
-    length = _PERIOD * 6
-    text = np.arange(length * 10, dtype=np.int32)
-    if kind == "repeated":
-        text %= _PERIOD
-    free = DraftCosts(row=0.0, draft=0.0, look=0.0)
-    speculator = None if kind == "plain" else Speculator(len(text), costs=free)
-    cache = PrefixCache(len(text) // _PAGE_SIZE, _PAGE_SIZE)
-    scheduler = Scheduler(cache, token_budget=length, max_running=1, speculator=speculator)
-    sequence = Sequence(text[:length], params=SamplingParams(max_tokens=len(text) - length))
-    scheduler.submit(sequence)
-    seconds: list[float] = []
-    for _ in range(1 + _HOST_STEPS):
+    hosts = [_Host(is_drafting=False), _Host(is_drafting=True, period=_PERIOD), _Host(is_drafting=True)]
+    seconds = [[host.step(clock, compute) for host in hosts] for _ in range(2 + _HOST_STEPS)]
+    return [statistics.median(times[2:]) for times in zip(*seconds, strict=True)]
+
+
+class _Host:
+    """A scheduler with a text that is known in the place of a model; period: tokens after which it repeats itself."""
+
+    def __init__(self, *, is_drafting: bool, period: int | None = None) -> None:
+        length = _PERIOD * 6
+        self._text: IntArray = np.arange(length * 2, dtype=np.int32) % (period or length * 2)
+        free = DraftCosts(row=0.0, draft=0.0, look=0.0)
+        speculator = Speculator(len(self._text), costs=free) if is_drafting else None
+        cache = PrefixCache(len(self._text) // _PAGE_SIZE, _PAGE_SIZE)
+        self._scheduler = Scheduler(cache, token_budget=length, max_running=1, speculator=speculator)
+        self._scheduler.submit(Sequence(self._text[:length], params=SamplingParams(max_tokens=length)))
+
+    def step(self, clock: Callable[[], float], compute: Callable[[], object]) -> float:
+        """Return the seconds of a step that the host takes."""
         begin = clock()
-        step = scheduler.plan()
-        between = clock()
+        step = self._scheduler.plan()
+        planned = clock()
         assert step is not None, "a generation goes on"
         compute()
-        results = _results(step, text)
+        results = _results(step, self._text)
         resumed = clock()
-        scheduler.commit(step, results)
-        seconds.append(clock() - resumed + between - begin)
-    return statistics.median(seconds[1:])
+        self._scheduler.commit(step, results)
+        return clock() - resumed + planned - begin
 
 
 def _results(step: Step, text: IntArray) -> list[RowResult]:
