@@ -48,7 +48,7 @@ from bough.runtime.speculation import Speculator
 PAGES: Final = 2048  # half of them for each of two machines
 PAGE_SIZE: Final = 16
 MOST_ROUNDS: Final = 60
-WAVES: Final = 4  # times as many sequences in a round as at once
+WAVES: Final = 2  # times as many sequences in a round as at once
 
 
 @dataclass

@@ -14,7 +14,7 @@ from bough.runtime.batch import Batch, Row, RowResult, SampleRequest
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.drafts import DraftCosts
 from bough.runtime.protocol import SamplingParams
-from bough.runtime.scheduler import Scheduler, Step
+from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.speculation import Speculator
 from bough.runtime.vector import IntArray
@@ -24,6 +24,7 @@ _SECONDS: Final = 0.25
 _ROUNDS: Final = 3, 6  # at least, at most
 _RANGE: Final = 0.01, 2.0  # what a busy machine may have measured of a row is not believed beyond
 _HOST_STEPS: Final = 16
+_HOST_WIDTH: Final = 4  # sequences: the first finds the processor's caches cold, the others do not
 _LONG_STEP: Final = 0.005  # seconds: of a longer step the host's time for a draft is next to nothing
 _PERIOD: Final = 48  # tokens after which a text that repeats itself does
 _PAGE_SIZE: Final = 16
@@ -87,7 +88,7 @@ def _timed(runner: Measured, batch: Batch, clock: Callable[[], float]) -> float:
 
 
 def _host_seconds(clock: Callable[[], float], compute: Callable[[], object]) -> list[float]:
-    """Return what planning and committing a decode step of one sequence takes: the median of some, in turns.
+    """Return what planning and committing a decode step takes for each of four sequences: the median of some, in turns.
 
     Without drafts; with a draft in every step, none of which comes true, for what does is taken in like any drawn
     token; and with a look in every step that finds none. compute: called between planning and committing.
@@ -98,31 +99,37 @@ def _host_seconds(clock: Callable[[], float], compute: Callable[[], object]) -> 
 
 
 class _Host:
-    """A scheduler with a text that is known in the place of a model; period: tokens after which it repeats itself."""
+    """A scheduler with texts that are known in the place of a model; after `period` tokens they repeat themselves."""
 
     def __init__(self, *, is_drafting: bool, period: int | None = None) -> None:
         length = _PERIOD * 6
-        self._text: IntArray = np.arange(length * 2, dtype=np.int32) % (period or length * 2)
+        text = np.arange(length * 2, dtype=np.int32) % (period or length * 2)
+        self._texts = [text + i * len(text) for i in range(_HOST_WIDTH)]
         free = DraftCosts(row=0.0, draft=0.0, look=0.0)
-        speculator = Speculator(len(self._text), costs=free) if is_drafting else None
-        cache = PrefixCache(len(self._text) // _PAGE_SIZE, _PAGE_SIZE)
-        self._scheduler = Scheduler(cache, token_budget=length, max_running=1, speculator=speculator)
-        self._scheduler.submit(Sequence(self._text[:length], params=SamplingParams(max_tokens=length)))
+        speculator = Speculator(len(text), costs=free) if is_drafting else None
+        cache = PrefixCache(2 * _HOST_WIDTH * len(text) // _PAGE_SIZE, _PAGE_SIZE)
+        size = _HOST_WIDTH * length
+        self._scheduler = Scheduler(cache, token_budget=size, max_running=_HOST_WIDTH, speculator=speculator)
+        for seed, text in enumerate(self._texts):
+            params = SamplingParams(max_tokens=length)
+            self._scheduler.submit(Sequence(text[:length], params=params, seed=seed))
 
     def step(self, clock: Callable[[], float], compute: Callable[[], object]) -> float:
-        """Return the seconds of a step that the host takes."""
+        """Return the seconds of a step that the host takes for each sequence."""
         begin = clock()
         step = self._scheduler.plan()
         planned = clock()
         assert step is not None, "a generation goes on"
         compute()
-        results = _results(step, self._text)
+        results = [_result(row, self._texts) for row in step.batch.rows]
+        assert len(results) == _HOST_WIDTH, "all of them go on"
         resumed = clock()
         self._scheduler.commit(step, results)
-        return clock() - resumed + planned - begin
+        return (clock() - resumed + planned - begin) / _HOST_WIDTH
 
 
-def _results(step: Step, text: IntArray) -> list[RowResult]:
-    """Return what draws `text`, a token in each step."""
-    (row,) = step.batch.rows
-    return [RowResult(int(text[row.start + len(row.token_ids) - row.draft]))]
+def _result(row: Row, texts: list[IntArray]) -> RowResult:
+    """Return what draws a token of the text that the row is of."""
+    assert row.sample is not None, "a prompt is computed in one step"
+    text = texts[row.sample.seed]
+    return RowResult(int(text[row.start + len(row.token_ids) - row.draft]))

@@ -23,7 +23,7 @@ from bough.runtime.vector import IntArray
 MOST_DRAFT: Final = 8  # tokens of one draft
 FIRST_DRAFT: Final = 2  # tokens of a sequence's first: nothing is known of it yet
 LEAST_MATCH: Final = 3  # tokens that have to be the same before a draft
-MOST_LOSS: Final = 0.01  # of a sequence's time: what drafts and looks that win nothing may take on
+MOST_LOSS: Final = 0.005  # of a sequence's time: what drafts and looks that win nothing may take on
 MOST_SAVED: Final = 2.0  # tokens: how much of what drafts won may be lost again before they stop
 FIRST_CREDIT: Final = 0.25  # tokens: a text begins with looks that can find nothing yet
 _LONGER: Final = 4  # times the first pause, at most

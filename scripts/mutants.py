@@ -311,6 +311,14 @@ MUTANTS = (
     ),
     Mutant("a draft's pages are kept", SCHEDULER, "        self.cache.trim(lease, len(sequence.tokens))\n", ""),
     Mutant(
+        "the host's time for a draft costs nothing",
+        "drafts.py",
+        "won = accepted - (costs.draft + costs.row * drafted) / self.value",
+        "won = accepted - costs.row * drafted / self.value",
+    ),
+    Mutant("a sequence in debt goes on drafting", "drafts.py", "if self.balance >= 0:", "if True:"),
+    Mutant("a doubtful token is drafted", "drafts.py", "token if known in (token, ~token) else ~token", "token"),
+    Mutant(
         "a draft may go beyond the end", SPECULATION, "count = min(most, to_end, slots)", "count = min(most, slots)"
     ),
     Mutant(
