@@ -21,6 +21,7 @@ from tiny_models import random_ids, tiny_model
 from bough.kernels import native_attention
 from bough.kernels.units import CHUNK
 from bough.runtime.cache.prefix_cache import PrefixCache
+from bough.runtime.drafts import DraftCosts
 from bough.runtime.lifecycle import PageState
 from bough.runtime.pipeline import Pipeline
 from bough.runtime.protocol import SamplingParams
@@ -262,7 +263,7 @@ class Prophet(Speculator):
     """Knows what will be drawn after the prompt, but every `wrong`-th token it says is another."""
 
     def __init__(self, prompt: IntArray, draws: Draws, wrong: int) -> None:
-        super().__init__(context_len=1000)
+        super().__init__(context_len=1000, costs=DraftCosts(row=0.0, draft=0.0, look=0.0))  # it drafts in every step
         self.prompt = prompt
         self.drawn = [token for token, _ in draws if token is not None]
         self.wrong = wrong
