@@ -240,8 +240,8 @@ def main() -> None:
     environment = harness.environment()
     budget_s = 0.5 if options.quick else options.budget
     lines = [line for model in options.model for line in measure(model, options, options.reps or MOST_ROUNDS, budget_s)]
-    headers = ("model", "workload", "batch", "plain, ms per token", "speculating", "gain (median at 95 %)", "rounds")
-    headers += ("n", "drafted per token", "came true", "host, µs per sequence and step")
+    headers = ["model", "workload", "batch", "plain, ms per token", "speculating", "gain (median at 95 %)", "rounds"]
+    headers += ["n", "drafted per token", "came true", "host, µs per sequence and step"]
     harness.report("bench_speculation", options, environment, lines, [harness.table(headers, map(row, lines))])
 
 
