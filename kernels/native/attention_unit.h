@@ -6,29 +6,30 @@ INLINE void run_chunk(const Args *args, const int32_t *unit, const Tile *tile, R
                       const int is_bf16) {
     const int dim = args->dim, group = args->num_heads / args->num_kv_heads, first = chunk * CHUNK;
     const int num_rows = (unit[ROWS_END] - unit[ROWS_BEGIN]) * group;
+    const int is_first = unit[IS_FIRST] && chunk == unit[CHUNK_BEGIN];
+    int row = unit[ROWS_BEGIN], of_group = 0;
     for (int begin = 0; begin < num_rows; begin += ROW_TILE) {
         const int here = num_rows - begin < ROW_TILE ? num_rows - begin : ROW_TILE;
-        ptrdiff_t at[ROW_TILE]; /* (token, head), flat */
-        int valid[ROW_TILE], count = 0;
+        Part parts[ROW_TILE];
+        int count = 0;
         for (int r = 0; r < here; r++) {
-            const int token = args->rows[unit[ROWS_BEGIN] + (begin + r) / group];
-            at[r] = (ptrdiff_t)token * args->num_heads + (ptrdiff_t)head * group + (begin + r) % group;
+            const int token = args->rows[row];
             const int left = args->positions[token] + 1 - first;
-            valid[r] = left < CHUNK ? left : CHUNK;
-            count = valid[r] > count ? valid[r] : count;
+            parts[r].at = (ptrdiff_t)token * args->num_heads + (ptrdiff_t)head * group + of_group;
+            parts[r].valid = left < CHUNK ? left : CHUNK;
+            count = parts[r].valid > count ? parts[r].valid : count;
+            if (++of_group == group) {
+                of_group = 0;
+                row++;
+            }
         }
         if (count <= 0) continue;
-        for (int r = 0; r < here; r++) load_query(rows, r, args, at[r] * dim, is_bf16);
+        for (int r = 0; r < here; r++) load_query(rows, r, args, parts[r].at * dim, is_bf16);
         attend(rows, tile, args, count, here);
-        float largest[ROW_TILE], sum[ROW_TILE];
         for (int r = 0; r < here; r++)
-            weigh(rows, r, valid[r] > 0 ? valid[r] : 0, count, &largest[r], &sum[r]);
+            weigh(rows, r, parts[r].valid > 0 ? parts[r].valid : 0, count, &parts[r].largest, &parts[r].sum);
         gather(rows, tile, args, count, here);
-        const int is_first = unit[IS_FIRST] && chunk == unit[CHUNK_BEGIN];
-        for (int r = 0; r < here; r++)
-            if (valid[r] > 0)
-                fold(&args->acc[at[r] * dim], &args->stat[at[r] * 2], &rows->means[r * dim], largest[r], sum[r], dim,
-                     is_first);
+        fold(args, rows->means, parts, here, is_first);
     }
 }
 
