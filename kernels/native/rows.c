@@ -20,10 +20,7 @@ INLINE float squares(const void *x, ptrdiff_t at, int size, const int is_bf16) {
 }
 
 INLINE vec rounded(vec x, const int is_bf16) {
-    if (!is_bf16) return x;
-    uint16_t raw[LANES];
-    store(raw, 0, x, 1);
-    return load(raw, 0, 1);
+    return is_bf16 ? (vec)(high_halves(x) & 0xffff0000) : x;
 }
 
 /* x / rms(x), rounded to x's type, times the weight, rounded again: as transformers does. */

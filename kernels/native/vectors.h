@@ -36,16 +36,19 @@ INLINE vec load(const void *base, ptrdiff_t at, int is_bf16) {
     return (vec) * (const vec_u *)((const float *)base + at);
 }
 
+/* x as bfloat16, to nearest and ties to even, in the high halves; the low ones are of no meaning. */
+INLINE uvec high_halves(vec x) {
+    const uvec bits = (uvec)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const uvec is_number = (uvec)(x == x);
+    return (rounded & is_number) | ((bits | 0x400000) & ~is_number); /* what is no number stays none */
+}
+
 INLINE void store(void *base, ptrdiff_t at, vec x, int is_bf16) {
     if (!is_bf16) {
         *(vec_u *)((float *)base + at) = (vec_u)x;
         return;
     }
-    uvec bits = (uvec)x;
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
-    uvec quiet = (bits >> 16) | 0x40;
-    uvec is_nan = (uvec)((bits & 0x7fffffff) > 0x7f800000);
-    *(half_u *)((uint16_t *)base + at) = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), half_u);
+    *(half_u *)((uint16_t *)base + at) = __builtin_convertvector(high_halves(x) >> 16, half_u);
 }
 
 INLINE vec splat(float x) { return x - (vec){}; }
