@@ -18,6 +18,7 @@ from bough.kernels import cpu_attention, native_attention
 from bough.kernels.layout import PagedLayout
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.reference import quantise
+from bough.kernels.step_planner import StepPlanner
 from bough.kernels.unit_planner import UnitPlanner
 
 if TYPE_CHECKING:  # these import Triton, which a machine without a GPU need not have
@@ -35,7 +36,7 @@ class Attention:
 
     implementation: "native", compiled code in which a token's bits do not depend on whether it was prefilled or drawn,
     "torch", where they do, or "triton", a GPU's `kernels`. share: sequences read the KV they have in common together
-    (tree attention; not "torch"). unit_planner: remembers the last step, so an `Attention` is one runner's.
+    (tree attention; not "torch"). unit_planner, step_planner: remember a step, so an `Attention` is one runner's.
     """
 
     num_heads: int
@@ -45,6 +46,7 @@ class Attention:
     share: bool = True
     kernels: Kernels | None = None
     unit_planner: UnitPlanner = field(default_factory=UnitPlanner, compare=False, repr=False)
+    step_planner: StepPlanner = field(default_factory=StepPlanner, compare=False, repr=False)
 
     def plan(self, layout: PagedLayout) -> Plan:
         """Return what `paged_attention` needs of a step's layout; on a GPU still on the host, as a `StepPlan`."""
@@ -56,9 +58,7 @@ class Attention:
             units = self.unit_planner.plan(layout, share=self.share)
             return native_attention.make_plan(layout, units, *heads, self.head_dim)
         if self.kernels is not None:
-            from bough.kernels.cuda_attention import plan_step
-
-            return plan_step(layout, self.kernels)
+            return self.step_planner.plan(layout, self.kernels)
         return cpu_attention.make_plan(
             layout.qo_indptr,
             layout.kv_indptr,
