@@ -87,7 +87,7 @@ def check(plan: StepPlan, branches: Branches) -> None:
         for pages, length in zip(branches.pages, branches.lens, strict=True)
     ]
     assert slots_read(plan) == expected
-    begins = {}
+    begins: dict[int, int] = {}
     for _, num_rows, _, begin, _, part, *_ in np.concatenate([plan.tree.narrow, plan.tree.wide]).tolist():
         begins |= dict.fromkeys(range(part, part + num_rows), begin)
     for token in range(len(branches.lens)):
