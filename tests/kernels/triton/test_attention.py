@@ -261,6 +261,19 @@ def test_queries_may_be_a_part_of_wider_rows(device: torch.device) -> None:
     torch.testing.assert_close(found.double(), run_definition(case), atol=ATOL, rtol=0)
 
 
+def test_pages_whose_numbers_lie_beyond_31_bits_are_found(device: torch.device) -> None:
+    """As in a pool of 8 GB and more. Of the memory that is asked for here only the pages in use are ever touched."""
+    case = make_case(MIXED, (4, 2, 64), dtype=torch.bfloat16)
+    num_pages, page = len(case.k_pages), case.k_pages.shape[1:]
+    first = 2**31 // page.numel() + 1
+    pool = torch.empty(first + 2 * num_pages, *page, dtype=torch.bfloat16, device=device)
+    pool[first:] = torch.cat([case.k_pages, case.v_pages]).to(device)
+    far = replace(case, layout=replace(case.layout, kv_indices=case.layout.kv_indices + np.int32(first)))
+    kv = PagedKV(pool[: first + num_pages], pool[num_pages:])
+    kernels = kernels_for(case)
+    assert torch.equal(run_kernels(far, kernels, device, kv), run_kernels(case, kernels, device))
+
+
 def test_a_sequence_of_128k_tokens(device: torch.device) -> None:
     """Decoded over many chunks, and prefilled by one token; interpreted in wide tiles of keys, to be quick."""
     kv_len, head_dim = 131_072, 16
