@@ -172,6 +172,7 @@ _BY_KIND: Final[Mapping[str, type[BoughError]]] = {
     "cancelled": Cancelled,
     "dependency_failed": BackendError,
     "protocol": BackendError,
+    "unknown_client": RuntimeLost,
     "internal": BackendError,
 }
 

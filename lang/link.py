@@ -332,6 +332,8 @@ class Link:
         if failed.op is None:
             kind = ProtocolMismatch if self.welcome is None else RuntimeLost
             return self._lose(kind(f"{self.address} could not read a request: {failed.message}"))
+        if failed.kind == "unknown_client":  # as after a stop of this process that outlasted its lease
+            return self._lose(RuntimeLost(f"the runtime at {self.address} forgot this client: {failed.message}"))
         cause = None if failed.cause is None else self._failures.get(failed.cause)
         self._failures[failed.op] = error if cause is None else cause
         while len(self._failures) > MAX_FAILURES:

@@ -75,6 +75,7 @@ ErrorKind = Literal[
     "cancelled",
     "dependency_failed",
     "protocol",
+    "unknown_client",
     "internal",
 ]
 
@@ -112,6 +113,14 @@ class ProtocolError(RequestError):
     def __init__(self, message: str, op: int | None = None) -> None:
         super().__init__("protocol", message)
         self.op = op
+
+
+class UnknownClient(ProtocolError):
+    """A request of a client that did not say hello, or whose lease ran out: all that it had here is gone."""
+
+    def __init__(self, op: int | None) -> None:
+        super().__init__("say hello first: this runtime does not know you, or no longer", op)
+        self.kind = "unknown_client"
 
 
 # --------------------------------------------------------------------------------------------- sampling

@@ -30,6 +30,7 @@ from bough.runtime.protocol import (
     Hello,
     ProtocolError,
     RequestError,
+    UnknownClient,
     Welcome,
     decode_request,
     encode_replies,
@@ -159,7 +160,7 @@ class Server:
                 self._greet(identity, namespace, request)
                 return
             if session is None:
-                raise ProtocolError("say hello first: this runtime does not know you, or no longer", _op(request))
+                raise UnknownClient(_op(request))
         except ProtocolError as error:
             self._num_bad_frames += 1
             self._answer(identity, session, error)

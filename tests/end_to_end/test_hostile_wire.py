@@ -87,7 +87,7 @@ def test_whoever_did_not_say_hello_is_told_so(peer: Peer) -> None:
     peer.request(protocol.Open(3, 1))
     reply = peer.reply()
     assert isinstance(reply, protocol.Failed)
-    assert (reply.op, reply.kind) == (3, "protocol")
+    assert (reply.op, reply.kind) == (3, "unknown_client")
     assert "say hello first" in reply.message
 
 

@@ -369,6 +369,15 @@ def test_a_request_that_the_peer_could_not_read_ends_the_connection(peer: Loopba
     lost(client, waiting, "could not read a request: what was that")
 
 
+def test_a_peer_that_has_forgotten_the_client_has_forgotten_all_of_it(peer: Loopback, client: RuntimeClient) -> None:
+    """As when this process was stopped for longer than its lease: the first request since is told so, and all wait."""
+    peer.hold()
+    waiting = [ask(client), ask(client)]
+    first = peer.expect(1, protocol.Generate)[0].op
+    peer.send([protocol.Failed(first, "unknown_client", "say hello first")])
+    lost(client, waiting, "forgot this client: say hello first")
+
+
 # --------------------------------------------------------------------------------------------- connecting, closing
 
 
