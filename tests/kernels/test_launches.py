@@ -10,25 +10,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from h100 import VOCAB_SIZE, runner_on_an_h100
 from launches import Launch, Launches, record
 
 from bough.kernels.aot import Variant, is_aligned, variants
-from bough.kernels.attention import Attention
-from bough.kernels.cuda_attention import choose_kernels
-from bough.kernels.triton_rows import TritonRows
-from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.cuda.runner import CudaRunner
-from bough.runtime.models.config import ModelConfig, RopeConfig
-from bough.runtime.models.llama import DeviceParts, Llama
-from bough.runtime.models.weights import expected_tensors
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.trie import TokenTrie
 
 CPU = torch.device("cpu")
-VOCAB_SIZE = 2112
 SAMPLING = (
     {"temperature": 0.0},
     {"temperature": 0.8, "top_p": 0.9},
@@ -36,34 +29,6 @@ SAMPLING = (
     {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
     {"temperature": 0.0, "logit_bias": {7: 3.0}},
 )
-
-
-class Zeros:
-    """Weights of a shape, all 0."""
-
-    dtype = torch.bfloat16
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = expected_tensors(config)
-
-    def has(self, name: str) -> bool:
-        return name in self._shapes
-
-    def take(self, *names: str) -> torch.Tensor:
-        shape = (sum(self._shapes[name][0] for name in names), *self._shapes[names[0]][1:])
-        return torch.zeros(shape, dtype=self.dtype)
-
-
-def runner_on_an_h100(kv_dtype: torch.dtype) -> CudaRunner:
-    """Return a runner with the kernels of an H100, on the CPU: they can be launched there, but not run."""
-    config = ModelConfig(
-        "LlamaForCausalLM", 128, 2, 8, 2, 128, 192, VOCAB_SIZE, 1e-5, RopeConfig(theta=1e4),
-        True, False, False, False, False, 4096, (1,), 0, "bfloat16",
-    )  # fmt: skip
-    attention = Attention(8, 2, 128, "triton", True, choose_kernels(8, 2, 128, kv_dtype, (9, 0), 132))
-    model = Llama(config, Zeros(config), DeviceParts(TritonRows(4096, CPU), None), CPU)  # type: ignore[arg-type]
-    pool = KVPool(2, 600, 16, 2, 128, kv_dtype, CPU)
-    return CudaRunner(model, pool, torch.bfloat16, CPU, attention=attention)
 
 
 def serve(runner: CudaRunner, num_steps: int) -> int:
@@ -107,7 +72,7 @@ def test_two_hundred_varied_steps_need_few_compilations_and_none_that_was_not_tr
     kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A compilation takes a second, in which nothing else runs. A number that is 1, or no multiple of 16, costs one."""
-    runner = runner_on_an_h100(kv_dtype)
+    runner = runner_on_an_h100(kv_dtype, CPU)
     launches: Launches = record(monkeypatch)
     with torch.inference_mode():
         runner.warm_up()

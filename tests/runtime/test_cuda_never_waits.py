@@ -18,44 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from h100 import runner_on_an_h100
 from launches import Launches, record
 
-from bough.kernels.attention import Attention
-from bough.kernels.cuda_attention import choose_kernels
-from bough.kernels.triton_rows import TritonRows
 from bough.runtime.batch import Batch, PageCopy, Row, SampleRequest
-from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.cache.prefix_cache import PrefixCache
 from bough.runtime.cuda import sampler
-from bough.runtime.cuda.runner import CudaRunner
 from bough.runtime.grammar.constraint import Words
-from bough.runtime.models.config import ModelConfig, RopeConfig
-from bough.runtime.models.llama import DeviceParts, Llama
-from bough.runtime.models.weights import expected_tensors
 from bough.runtime.protocol import SamplingParams
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 from bough.runtime.trie import TokenTrie
 
 META = torch.device("meta")
-VOCAB_SIZE = 2112
 NOTHING = np.zeros(0, dtype=np.int32)
-
-
-class Shapes:
-    """Weights of a model, without values."""
-
-    dtype = torch.bfloat16
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = expected_tensors(config)
-
-    def has(self, name: str) -> bool:
-        return name in self._shapes
-
-    def take(self, *names: str) -> torch.Tensor:
-        shape = (sum(self._shapes[name][0] for name in names), *self._shapes[names[0]][1:])
-        return torch.empty(shape, dtype=self.dtype, device=META)
 
 
 class OneWay(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,17 +72,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return record(monkeypatch)
 
 
-def runner_without_values(kv_dtype: torch.dtype, *, cuda_graphs: bool = True) -> CudaRunner:
-    config = ModelConfig(
-        "LlamaForCausalLM", 128, 2, 8, 2, 128, 192, VOCAB_SIZE, 1e-5, RopeConfig(theta=1e4),
-        True, False, False, False, False, 4096, (1,), 0, "bfloat16",
-    )  # fmt: skip
-    attention = Attention(8, 2, 128, "triton", True, choose_kernels(8, 2, 128, kv_dtype, (9, 0), 132))
-    model = Llama(config, Shapes(config), DeviceParts(TritonRows(4096, META), None), META)  # type: ignore[arg-type]
-    pool = KVPool(2, 600, 16, 2, 128, kv_dtype, META)
-    return CudaRunner(model, pool, torch.bfloat16, META, attention=attention, cuda_graphs=cuda_graphs)
-
-
 class Even:
     """A constraint that allows even ids."""
 
@@ -142,7 +107,7 @@ def row_of(index: int, num_new: int, start: int, **changes: Any) -> Row:
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_launch_waits_for_nothing(kv_dtype: torch.dtype, cuda_graphs: bool, launches: Launches) -> None:
     """Prompts; decodes that go on from tokens still on the device; masks; drafts; scores; copies of pages."""
-    runner = runner_without_values(kv_dtype, cuda_graphs=cuda_graphs)
+    runner = runner_on_an_h100(kv_dtype, META, cuda_graphs=cuda_graphs)
     count = len(SAMPLING)
     prompts = tuple(row_of(i, 40 + i, 0, is_constrained=i % 2 == 1) for i in range(count))
     decodes = tuple(row_of(i, 1, 40 + i, drawn_by=count - 1 - i) for i in range(count))
@@ -166,7 +131,7 @@ def test_a_launch_waits_for_nothing(kv_dtype: torch.dtype, cuda_graphs: bool, la
 
 
 def test_choices_are_scored_without_waiting(launches: Launches) -> None:
-    runner = runner_without_values(torch.bfloat16)
+    runner = runner_on_an_h100(torch.bfloat16, META)
     scheduler = Scheduler(PrefixCache(runner.num_pages, runner.page_size), token_budget=64, max_running=4)
     scheduler.submit(Sequence(np.arange(2, 20, dtype=np.int32), trie=TokenTrie([[5, 9, 4], [5, 9, 3], [7, 2, 3]])))
     step = scheduler.plan()
@@ -177,19 +142,22 @@ def test_choices_are_scored_without_waiting(launches: Launches) -> None:
     assert launches.count > 0
 
 
-@pytest.mark.parametrize("waiting", ["item", "nonzero", "mask", "list", "index", "copy"])
-def test_what_waits_would_be_noticed(waiting: str) -> None:
+@pytest.mark.parametrize(
+    ("wait", "error", "words"),
+    [
+        (lambda there, here: there[0].item(), RuntimeError, "item"),
+        (lambda there, here: there.nonzero(), NotImplementedError, "nonzero"),
+        (lambda there, here: there[there > 0], NotImplementedError, "nonzero"),
+        (lambda there, here: there.tolist(), NotImplementedError, "no data"),
+        (lambda there, here: there[here], AssertionError, "index.* waits"),
+        (lambda there, here: here.to(META), AssertionError, "waits"),
+    ],
+    ids=["item", "nonzero", "mask", "list", "index", "copy"],
+)
+def test_what_waits_would_be_noticed(wait: Callable[..., Any], error: type[Exception], words: str) -> None:
     there, here = torch.empty(4, device=META), torch.zeros(2, dtype=torch.int64)
-    attempts: dict[str, Callable[[], Any]] = {
-        "item": lambda: there[0].item(),
-        "nonzero": lambda: there.nonzero(),
-        "mask": lambda: there[there > 0],
-        "list": lambda: there.tolist(),
-        "index": lambda: there[here],
-        "copy": lambda: here.to(META),
-    }
     for is_inference in (False, True):
         with torch.inference_mode(is_inference), OneWay():
-            with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
-                attempts[waiting]()
+            with pytest.raises(error, match=words):
+                wait(there, here)
             there[torch.zeros(2, dtype=torch.int64, device=META)].topk(1)
