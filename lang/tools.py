@@ -56,6 +56,10 @@ class Tool:
     is_async: bool
     _struct: type[msgspec.Struct] = field(repr=False)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, as if it were not a tool: what it raises is raised, arguments are not checked."""
+        return self.function(*args, **kwargs)
+
     def definition(self) -> dict[str, Any]:
         """Return the tool as chat templates and OpenAI's protocol write it."""
         about = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}

@@ -132,6 +132,13 @@ def test_functions_that_cannot_be_tools_are_refused_with_the_reason(functions: A
         State(bo.ScriptedBackend()).tools(functions)
 
 
+def test_a_tool_can_be_called_like_its_function() -> None:
+    tool = bo.tool(calculator)
+    assert tool("2+3") == tool(expression="2+3") == 5
+    with pytest.raises(ValueError, match="not enough values"):  # the function's own, not a ToolError
+        tool("2")
+
+
 def test_arguments_arrive_as_the_annotated_types() -> None:
     given = bo.tool(weather).check({"place": {"city": "Oslo"}, "days": 2, "unit": "fahrenheit"})
     assert given == {"place": Place("Oslo"), "days": 2, "unit": Unit.F}
