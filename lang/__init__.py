@@ -12,25 +12,32 @@
     with bo.Runtime() as rt:
         print(answer.run("What is 17 + 25?", backend=rt)["answer"])
 
-The map of this folder: a *program* (program.py) runs with a *state* (state.py; group.py, scopes.py, tree.py,
-streaming.py, awaiting.py are its parts) and appends *expressions* (expressions.py, sampling.py). The state's
-*interpreter* (interpreter.py) keeps the pieces (pieces.py) and turns them into primitives of a *backend* (backend.py):
-the runtime reached over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py start one;
-recovery.py and record.py start another when it dies) or a script (scripted.py, script.py). choices.py decides selects,
-checkpoint.py, check.py and travel.py take a state back; joins.py, cells.py and race.py are how branches end; search.py
-and searching.py try many, peek.py looks ahead.
-reasoning.py parts thoughts from answers, spellings.py and endpoint.py have SGLang's other names. Whatever waits does so
-in waiting.py, on an event loop by way of onloop.py. batchruns.py, batch.py and abatch.py run many items; book.py,
-inflight.py, retries.py, items.py, results.py, progress.py, hub.py and loopthread.py are their parts. errors.py is the
-tree of what can go wrong. cli.py is the `bough` command.
+The map of this folder, each line a part and its files:
 
-What a gen is held to (constraint.py): grammars are values (grammars.py; lark_source.py writes them for the runtime,
-matching.py reads texts against them, samples.py makes texts); types are written and read by typed.py (scalars.py,
-schemas.py; partial.py and growth.py while they are written, var.py names their results). thinking.py
-makes thoughts that later context forgets.
-
-What surrounds a run: running.py, seeds.py. Who wants to know what happens in it wraps the backend (watch.py): the event
-log (events.py), a journal (journal.py, replaying.py), a budget (budget.py). usage.py adds up what it cost.
+    a program               program.py runs with a *state*: state.py; its parts are group.py, scopes.py, tree.py,
+                            streaming.py, awaiting.py
+    what it appends         expressions.py, sampling.py; choices.py decides selects
+    what became of it       calls.py (gens and selects), pieces.py (the text), strands.py (whose pieces are whose),
+                            variables.py; cells.py after a join
+    who carries it out      interpreter.py turns pieces into primitives of a *backend*: backend.py
+    the backends            the runtime over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py
+                            start one; recovery.py and record.py start another when it dies), a script (scripted.py,
+                            script.py), an HTTP API (openai.py, openai_protocol.py, transcript.py, local_branches.py,
+                            capabilities.py)
+    going back, and ahead   checkpoint.py, check.py, travel.py; peek.py
+    many branches           joins.py and race.py end them; search.py and searching.py try many
+    what a gen is held to   constraint.py; grammars are values: grammars.py, lark_source.py writes them for the runtime,
+                            matching.py reads texts against them, samples.py makes texts
+    types                   typed.py, scalars.py, schemas.py; partial.py and growth.py while they are written, var.py
+    tools                   tools.py, toolbox.py, tool_formats.py, tool_grammars.py
+    thoughts                reasoning.py parts them from answers, thinking.py makes those that later context forgets
+    waiting                 waiting.py, on an event loop by way of onloop.py
+    many items              batchruns.py, batch.py, abatch.py; book.py, inflight.py, retries.py, items.py, results.py,
+                            progress.py, hub.py, loopthread.py
+    what surrounds a run    running.py, seeds.py; who wants to know what happens wraps the backend (watch.py): the event
+                            log (events.py), a journal (journal.py, replaying.py), a budget (budget.py); usage.py
+    besides                 errors.py is the tree of what can go wrong, spellings.py and endpoint.py have SGLang's
+                            other names, cli.py is the `bough` command
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bough.pieces import LAZY, Span, read
+from bough.variables import LAZY, Span, read
 from bough.waiting import wait_async
 
 

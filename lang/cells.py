@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 from bough.errors import BoughError
-from bough.pieces import Gathered, read
+from bough.variables import Gathered, read
 
 
 class Cells(Sequence[Any]):

@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from bough.calls import GenCall
 from bough.errors import BoughError, CheckFailed, InvalidRequest
 from bough.expressions import Expression, Gen, RoleBegin, RoleEnd
-from bough.pieces import Cut, GenCall, Item, Mark, Onward, Strand, Trunk, all_items, items_after, variables_of
+from bough.pieces import Item, Mark
 from bough.runtime.protocol import MAX_ID
+from bough.strands import Cut, Onward, Strand, Trunk, all_items, items_after
+from bough.variables import variables_of
 
 if TYPE_CHECKING:
     from bough.state import State

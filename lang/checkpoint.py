@@ -17,24 +17,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bough.calls import GenCall, result_of
 from bough.errors import InvalidRequest
 from bough.expressions import Expression, Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, pieces_of
 from bough.interpreter import Interpreter, Lease
-from bough.pieces import (
-    Cut,
-    GenCall,
-    Item,
-    Mark,
-    Onward,
-    Point,
-    Strand,
-    Trunk,
-    futures_of,
-    items_after,
-    known_length,
-    result_of,
-)
+from bough.pieces import Item, Mark, futures_of
 from bough.runtime import protocol
+from bough.strands import Cut, Onward, Point, Strand, Trunk, items_after, known_length
 
 if TYPE_CHECKING:
     from bough.state import State

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
+from bough.calls import GenCall
 from bough.partial import NOTHING, partial_json
-from bough.pieces import GenCall
 
 if TYPE_CHECKING:
     from bough.state import State

@@ -18,26 +18,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from bough.backend import Backend, Branch, Delta, OnDelta
+from bough.calls import Call, DecidedCall, GenCall, SelectCall, error_of
 from bough.choices import ChoicesSamplingMethod
 from bough.errors import BoughError, Cancelled, InvalidRequest, Timeout
 from bough.expressions import Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, ThoughtBegin, ThoughtEnd
-from bough.pieces import (
-    Call,
-    DecidedCall,
-    GenCall,
-    Item,
-    Mark,
-    Point,
-    SelectCall,
-    Strand,
-    Trunk,
-    all_items,
-    error_of,
-    items_after,
-)
+from bough.pieces import Item, Mark
 from bough.runtime import protocol
 from bough.sampling import Sampling
 from bough.seeds import Path, Seeds, seeds_of_run
+from bough.strands import Point, Strand, Trunk, all_items, items_after
 from bough.streaming import Feed
 from bough.waiting import wait
 

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bough.calls import GenCall
 from bough.cells import Dense
 from bough.errors import InvalidRequest
 from bough.expressions import RoleBegin, RoleEnd
 from bough.interpreter import Interpreter, Lease
-from bough.pieces import Gathered, GenCall, Item, Mark, Onward, Strand, Trunk, items_after, text_of
+from bough.pieces import Item, Mark, text_of
+from bough.strands import Onward, Strand, Trunk, items_after
+from bough.variables import Gathered
 
 if TYPE_CHECKING:
     from bough.state import State

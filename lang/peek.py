@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bough.calls import result_of
 from bough.errors import InvalidRequest
-from bough.pieces import result_of
 from bough.runtime.protocol import MAX_TOP_LOGPROBS, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:

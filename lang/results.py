@@ -19,7 +19,7 @@ import msgspec
 
 from bough.errors import BoughError, InvalidRequest
 from bough.items import RETURNED, ItemState, ItemUsage, Saved, usage_of
-from bough.pieces import LAZY, Span
+from bough.variables import LAZY, Span
 
 VERSION: Final = 1
 

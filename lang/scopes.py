@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from bough.errors import InvalidRequest
 from bough.expressions import RoleEnd, role, role_begin
-from bough.pieces import Point, Span, items_after
+from bough.strands import Point, items_after
+from bough.variables import Span
 
 if TYPE_CHECKING:
     from bough.expressions import Expression

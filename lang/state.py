@@ -10,26 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from bough.awaiting import AsyncReads
 from bough.backend import Backend
+from bough.calls import Call, GenCall
 from bough.errors import InvalidRequest, UnknownVariable
 from bough.expressions import Expression, Piece, SeparateReasoning, gen, pieces_of
 from bough.interpreter import Interpreter
-from bough.pieces import (
-    LAZY,
-    Call,
-    Derived,
-    GenCall,
-    Span,
-    messages_of,
-    read,
-    text_of,
-    variables_of,
-    written,
-)
+from bough.pieces import messages_of, text_of
 from bough.running import begin, log_of
 from bough.sampling import DEFAULTS, Sampling, count
 from bough.searching import Searching
 from bough.streaming import Feed, Run, iterate, iterate_async, iterate_with_meta
 from bough.travel import TimeTravel
+from bough.variables import LAZY, Derived, Span, read, variables_of, written
 
 if TYPE_CHECKING:
     from bough.events import Event

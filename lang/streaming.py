@@ -15,8 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from bough.backend import Delta
+from bough.calls import GenCall, triples_of
 from bough.errors import Cancelled, ProgramError
-from bough.pieces import LAZY, GenCall, Item, Mark, Strand, all_items, triples_of, written
+from bough.pieces import Item, Mark
+from bough.strands import Strand, all_items
+from bough.variables import LAZY, written
 from bough.waiting import until, until_async
 
 if TYPE_CHECKING:

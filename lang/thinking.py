@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
+from bough.calls import GenCall, SelectCall
 from bough.constraint import Constraint
 from bough.errors import InvalidRequest
 from bough.expressions import Concat, Gen, Piece, ThoughtBegin, ThoughtEnd, gen
-from bough.pieces import Cut, GenCall, Item, SelectCall, futures_of, known_length
+from bough.pieces import Item, futures_of
 from bough.runtime import protocol
+from bough.strands import Cut, known_length
 
 if TYPE_CHECKING:
     from bough.interpreter import Interpreter, Lease

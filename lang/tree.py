@@ -7,9 +7,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from bough.backend import Generation
+from bough.calls import GenCall, SelectCall
 from bough.errors import BoughError
-from bough.pieces import GenCall, Mark, Onward, SelectCall, Strand
+from bough.pieces import Mark
 from bough.runtime.protocol import Selected, Usage
+from bough.strands import Onward, Strand
 from bough.waiting import wait
 
 PREVIEW_LEN = 48

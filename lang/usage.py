@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from bough.backend import Generation
+from bough.calls import GenCall, SelectCall
 from bough.errors import BoughError
-from bough.pieces import GenCall, Onward, SelectCall, Strand
 from bough.runtime.protocol import Selected, Usage
+from bough.strands import Onward, Strand
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

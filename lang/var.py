@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar, cast
 
-from bough.pieces import GenCall
+from bough.calls import GenCall
 from bough.waiting import wait_async
 
 T = TypeVar("T")
