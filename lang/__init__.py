@@ -34,8 +34,10 @@ The map of this folder, each line a part and its files:
     waiting                 waiting.py, on an event loop by way of onloop.py
     many items              batchruns.py, batch.py, abatch.py; book.py, inflight.py, retries.py, items.py, results.py,
                             progress.py, hub.py, loopthread.py
-    what surrounds a run    running.py, seeds.py; who wants to know what happens wraps the backend (watch.py): the event
-                            log (events.py), a journal (journal.py, replaying.py), a budget (budget.py); usage.py
+    what surrounds a run    running.py, seeds.py; usage.py adds up what it cost
+    watching a run          watch.py are those who watch, watched.py the backend that tells them, places.py where in the
+                            run: the event log (events.py), a journal (journal.py), a budget (budget.py)
+    replaying a run         replaying.py on a model, playback.py without; expected.py has what a journal says of it
     besides                 errors.py is the tree of what can go wrong, spellings.py and endpoint.py have SGLang's
                             other names, cli.py is the `bough` command
 """
@@ -138,7 +140,8 @@ if TYPE_CHECKING:
     from bough.journal import Journal
     from bough.launch import Runtime
     from bough.openai import OpenAI
-    from bough.replaying import ReplayBackend, replay
+    from bough.playback import ReplayBackend
+    from bough.replaying import replay
     from bough.usage import RunUsage
 
 __version__ = "0.1.0"
@@ -147,7 +150,7 @@ _LAZY: Final = {
     "Budget": "bough.budget",
     "Event": "bough.events",
     "Journal": "bough.journal",
-    "ReplayBackend": "bough.replaying",
+    "ReplayBackend": "bough.playback",
     "RunUsage": "bough.usage",
     "Runtime": "bough.launch",
     "RuntimeClient": "bough.client",

@@ -33,7 +33,8 @@ from bough.runtime.protocol import (
 )
 from bough.seeds import Path
 from bough.streaming import Feed
-from bough.watch import Observer, Op, RunInfo, Watched
+from bough.watch import Observer, Op, RunInfo
+from bough.watched import Watched
 
 EventKind: TypeAlias = Literal[
     "begin", "text", "start", "delta", "end", "choice", "recorded", "fork", "rewind", "cancel", "error", "finish"

@@ -202,6 +202,12 @@ class Journal:
         """The runs that were asked for, in the order in which they began; not those that they started inside."""
         return [run for run in self._runs.values() if run.outer is None]
 
+    def run(self, number: int) -> RecordedRun:
+        """Return one of `runs`. Raises InvalidRequest if the journal has no such number."""
+        if not 0 <= number < len(self.runs):
+            raise InvalidRequest(f"{self.path} has {len(self.runs)} runs, there is no number {number}", field="run")
+        return self.runs[number]
+
     @property
     def all_runs(self) -> list[RecordedRun]:
         """All runs, in the order in which they began."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from bough import seeds
 from bough.backend import Backend, default_backend
 from bough.errors import InvalidRequest
-from bough.watch import Observer, Watch, Watched, begun
+from bough.watch import Observer, Watch
+from bough.watched import Watched, begun
 
 if TYPE_CHECKING:
     from bough.budget import Budget
