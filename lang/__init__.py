@@ -101,13 +101,12 @@ from bough.expressions import (
     user_begin,
     user_end,
 )
+from bough.grammar_nodes import Grammar, lit
 from bough.grammars import (
-    Grammar,
     capture,
     json_schema,
     json_type,
     lark,
-    lit,
     many,
     of_type,
     one_of,

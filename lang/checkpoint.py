@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bough.calls import GenCall, result_of
 from bough.errors import InvalidRequest
 from bough.expressions import Expression, Gen, Piece, RoleBegin, RoleEnd, Select, SeparateReasoning, pieces_of
-from bough.interpreter import Interpreter, Lease
+from bough.interpreter import Interpreter
+from bough.lease import Lease
 from bough.pieces import Item, Mark, futures_of
 from bough.runtime import protocol
 from bough.strands import Cut, Onward, Point, Strand, Trunk, items_after, known_length

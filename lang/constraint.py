@@ -14,7 +14,7 @@ from bough.errors import InvalidRequest, Truncated
 from bough.runtime import protocol
 
 if TYPE_CHECKING:
-    from bough.grammars import Grammar
+    from bough.grammar_nodes import Grammar
     from bough.typed import Shape
 
 OnLimit: TypeAlias = Literal["return", "raise", "continue", "close"]
@@ -170,7 +170,9 @@ def _of_regex(pattern: str) -> Constraint:
 
 
 def _of_grammar(given: object) -> Constraint:
-    from bough.grammars import Json, as_grammar, capture_names, lark
+    from bough.grammar_facts import capture_names
+    from bough.grammar_nodes import Json, as_grammar
+    from bough.grammars import lark
     from bough.matching import acceptor_of
 
     grammar = lark(given) if isinstance(given, str) else as_grammar(given)

@@ -20,7 +20,7 @@ from bough.sampling import count, refuse_unsupported, sampling_overrides, second
 
 if TYPE_CHECKING:
     from bough.constraint import Constraint, OnLimit
-    from bough.grammars import Grammar
+    from bough.grammar_nodes import Grammar
 
 ChoicesMethod: TypeAlias = "ChoiceMethod | ChoicesSamplingMethod"
 

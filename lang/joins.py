@@ -10,7 +10,8 @@ from bough.calls import GenCall
 from bough.cells import Dense
 from bough.errors import InvalidRequest
 from bough.expressions import RoleBegin, RoleEnd
-from bough.interpreter import Interpreter, Lease
+from bough.interpreter import Interpreter
+from bough.lease import Lease
 from bough.pieces import Item, Mark, text_of
 from bough.strands import Onward, Strand, Trunk, items_after
 from bough.variables import Gathered

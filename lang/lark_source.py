@@ -17,23 +17,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from bough.errors import InvalidRequest
-from bough.grammars import (
-    Alt,
-    Capture,
-    Grammar,
-    Json,
-    Lark,
-    Lit,
-    Repeat,
-    Rule,
-    Rx,
-    Seq,
-    Substring,
-    Until,
-    is_regular,
-    recursive_rules,
-    walk,
-)
+from bough.grammar_facts import is_regular, recursive_rules, walk
+from bough.grammar_nodes import Alt, Capture, Grammar, Json, Lark, Lit, Repeat, Rule, Rx, Seq, Substring, Until
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

@@ -15,22 +15,9 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from bough.errors import InvalidRequest
-from bough.grammars import (
-    Alt,
-    Capture,
-    Grammar,
-    Json,
-    Lark,
-    Lit,
-    Repeat,
-    Rule,
-    Seq,
-    capture_names,
-    has_captures,
-    is_regular,
-    one_of,
-    walk,
-)
+from bough.grammar_facts import capture_names, has_captures, is_regular, walk
+from bough.grammar_nodes import Alt, Capture, Grammar, Json, Lark, Lit, Repeat, Rule, Seq
+from bough.grammars import one_of
 from bough.lark_source import JSON_STYLE
 from bough.runtime import protocol
 

@@ -11,7 +11,8 @@ import random
 from typing import TYPE_CHECKING, Final
 
 from bough.errors import InvalidRequest
-from bough.grammars import Alt, Capture, Grammar, Lit, Repeat, Rule, Seq, walk
+from bough.grammar_facts import walk
+from bough.grammar_nodes import Alt, Capture, Grammar, Lit, Repeat, Rule, Seq
 from bough.matching import Acceptor, acceptor_of
 
 if TYPE_CHECKING:

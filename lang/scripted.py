@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import accumulate, count
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from itertools import count
+from typing import Final, TypeVar
 
 from bough.backend import Branch, Delta, Generation, OnDelta
 from bough.choices import score_choices
@@ -29,106 +29,10 @@ from bough.runtime.protocol import (
     Usage,
 )
 from bough.script import Choose, Replies, Script, check_reply, cut, only_text, words_of
+from bough.scripted_branch import ScriptedBranch
 
 T = TypeVar("T")
-
 _NOBODY: Final = -1  # in place of the branch that a cancel would have to name
-
-
-class _Piece(NamedTuple):
-    """Text that was appended at once, and its role. is_fixed: nothing in it can change the words before it."""
-
-    text: str
-    role: str | None
-    is_fixed: bool
-
-
-_Above: TypeAlias = "tuple[_Above | None, list[_Piece], int]"
-"""What a branch inherits: the same of its parent, and the parent's first so many pieces."""
-
-
-class _Branch:
-    """What a branch holds: the text since its fork, and where that was."""
-
-    __slots__ = (
-        "above",
-        "error",
-        "is_committed",
-        "is_orphan",
-        "length",
-        "origin",
-        "parent",
-        "parent_words",
-        "pieces",
-        "read",
-        "role",
-    )
-
-    def __init__(self, parent: _Branch | None) -> None:
-        self.parent = self.origin = parent  # a branch that was cut back has the whole text itself, but is no orphan
-        self.parent_words = self.length = self.read = 0
-        self.above: _Above | None = None
-        self.pieces: list[_Piece] = []
-        self.is_orphan = False  # forked off a branch that was not there
-        self.is_committed = False  # whether what is appended next cannot change the words before it
-        self.role: str | None = None
-        self.error: BoughError | None = None
-
-    def inherit(self) -> None:
-        """Take what the parent holds now: lengths are in words, `read` is how many of them a call has computed."""
-        assert self.parent is not None, "only a fork inherits"
-        self.above = (self.parent.above, self.parent.pieces, len(self.parent.pieces))
-        self.parent_words = self.length = self.parent.length
-        self.role = self.parent.role
-        self.error = self.error or self.parent.error
-
-    def whole(self) -> str:
-        """Return the text from the root of the tree on."""
-        return "".join([piece.text for piece in self.all_pieces()])
-
-    def cached(self) -> int:
-        """Return how many words earlier calls have computed, here or on the branches that share them."""
-        shared = 0 if self.parent is None else min(self.parent.cached(), self.parent_words)
-        return min(max(self.read, shared), self.length)
-
-    def compute(self) -> None:
-        """Count everything up to here as computed, for all that share it."""
-        self.read = self.length
-        above = self
-        while above.parent is not None:
-            above.parent.read = max(above.parent.read, above.parent_words)
-            above = above.parent
-
-    def append(self, text: str, *, is_drawn: bool = False) -> None:
-        """Append text."""
-        self.pieces.append(_Piece(text, self.role, is_drawn or self.is_committed))
-        self.is_committed = False
-        self.length += len(text.split())
-
-    def all_pieces(self) -> list[_Piece]:
-        """Return the pieces from the root of the tree on."""
-        parts, above = [self.pieces], self.above
-        while above is not None:
-            above, pieces, length = above
-            parts.append(pieces[:length])
-        return [piece for part in reversed(parts) for piece in part]
-
-    def cut(self, length: int) -> None:
-        """Keep the first `length` words and the role there. Of a text without words there, what is fixed before it."""
-        pieces = self.all_pieces()
-        ends = [0, *accumulate(len(piece.text.split()) for piece in pieces)]
-        places = [place for place, end in enumerate(ends) if end == length]
-        fixed = [place for place in places if place < len(pieces) and pieces[place].is_fixed]
-        if places:
-            kept = pieces[: (fixed or places)[-1]]
-        else:
-            inside = sum(end < length for end in ends) - 1
-            words = words_of(pieces[inside].text)[: length - ends[inside]]
-            kept = [*pieces[:inside], pieces[inside]._replace(text="".join(words))]
-        self.read = min(self.cached(), length)
-        self.role = kept[-1].role if kept else None
-        self.parent = self.above = self.error = None
-        self.pieces, self.length = kept, length
 
 
 class ScriptedBackend:
@@ -155,7 +59,7 @@ class ScriptedBackend:
         self._chunk_words = chunk_words
         self._lock = threading.RLock()
         self._ids = count(1)
-        self._branches: dict[Branch, _Branch] = {}
+        self._branches: dict[Branch, ScriptedBranch] = {}
         self._waiting: deque[tuple[Branch, Callable[[], None], Callable[[BoughError], None]]] | None = None
         self._totals = dict.fromkeys(("prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens"), 0)
         self._num_calls = 0
@@ -165,13 +69,13 @@ class ScriptedBackend:
     def open(self) -> Branch:
         """Start an empty branch."""
         branch = next(self._ids)
-        self._branches[branch] = _Branch(None)
+        self._branches[branch] = ScriptedBranch(None)
         return branch
 
     def fork(self, branch: Branch, count: int) -> list[Branch]:
         """Start `count` branches that share all that `branch` holds."""
         parent = self._branches.get(branch)
-        children = {next(self._ids): _Branch(parent) for _ in range(count)}
+        children = {next(self._ids): ScriptedBranch(parent) for _ in range(count)}
         self._branches.update(children)
 
         def inherit() -> None:
@@ -226,7 +130,7 @@ class ScriptedBackend:
     def extend(self, branch: Branch, parts: Sequence[Part], *, commit: bool = False) -> Future[Extended]:
         """Append text and roles, written in the manner of ChatML."""
 
-        def work(target: _Branch) -> Extended:
+        def work(target: ScriptedBranch) -> Extended:
             rendered: list[str] = []
             for part in parts:
                 if isinstance(part, protocol.Text):
@@ -260,7 +164,7 @@ class ScriptedBackend:
         What `max_tokens` cuts is not closed.
         """
 
-        def work(target: _Branch) -> Generation:
+        def work(target: ScriptedBranch) -> Generation:
             said = only_text(grammar)
             if said is None:
                 said = self._script.reply(name, target.whole, params)
@@ -296,7 +200,7 @@ class ScriptedBackend:
     ) -> Future[Selected]:
         """Append the choice of the script."""
 
-        def work(target: _Branch) -> Selected:
+        def work(target: ScriptedBranch) -> Selected:
             selected = self._selected(name, target, choices, method)
             target.append(choices[selected.index])
             target.compute()
@@ -319,7 +223,7 @@ class ScriptedBackend:
     def rollback(self, branch: Branch, length: int) -> Future[Extended]:
         """Cut the branch back to its first `length` words."""
 
-        def work(target: _Branch) -> Extended:
+        def work(target: ScriptedBranch) -> Extended:
             if not 0 <= length <= target.length:
                 raise InvalidRequest(f"length must be between 0 and {target.length}, got {length}", field="length")
             target.cut(length)
@@ -367,7 +271,7 @@ class ScriptedBackend:
         else:
             work()
 
-    def _submit(self, branch: Branch, work: Callable[[_Branch], T], *, heals: bool = False) -> Future[T]:
+    def _submit(self, branch: Branch, work: Callable[[ScriptedBranch], T], *, heals: bool = False) -> Future[T]:
         """Carry out an operation now, or later if paused; a failure poisons the branch, until something heals it."""
         future: Future[T] = Future()
 
@@ -391,7 +295,9 @@ class ScriptedBackend:
 
     # ------------------------------------------------------------------------------------------ results
 
-    def _selected(self, name: str | None, target: _Branch, choices: Sequence[str], method: ChoiceMethod) -> Selected:
+    def _selected(
+        self, name: str | None, target: ScriptedBranch, choices: Sequence[str], method: ChoiceMethod
+    ) -> Selected:
         index = self._script.choice(name, target.whole, choices)
         sure = [1.0 if i == index else 0.0 for i in range(len(choices))]
         tokens = [[TokenLogprob(score - 1.0, 0, text)] for score, text in zip(sure, choices, strict=True)]
@@ -400,7 +306,7 @@ class ScriptedBackend:
         scores = score_choices(method, given, alone, [len(choice.encode()) for choice in choices])
         return Selected(0, index, scores, sure, tokens, target.length, self._used(target, 0), alone)
 
-    def _used(self, target: _Branch, generated: int) -> Usage:
+    def _used(self, target: ScriptedBranch, generated: int) -> Usage:
         prompt, cached = target.length, target.cached()
         totals = self._totals
         totals["prompt_tokens"] += prompt
@@ -411,7 +317,7 @@ class ScriptedBackend:
             prompt_tokens=prompt, cached_tokens=cached, computed_tokens=prompt - cached, completion_tokens=generated
         )
 
-    def _check_length(self, target: _Branch) -> None:
+    def _check_length(self, target: ScriptedBranch) -> None:
         if self._context_len is not None and target.length > self._context_len:
             raise ContextOverflow(
                 f"the text has {target.length} tokens, the context holds {self._context_len}",
@@ -424,7 +330,7 @@ def _no_failure(error: BoughError) -> None:
     """Take the failure of what cannot fail."""
 
 
-def _render(target: _Branch, part: Part) -> str:
+def _render(target: ScriptedBranch, part: Part) -> str:
     if isinstance(part, protocol.RoleBegin):
         target.role = part.role
         text = f"<|im_start|>{part.role}\n"

@@ -24,7 +24,8 @@ from bough.runtime import protocol
 from bough.strands import Cut, known_length
 
 if TYPE_CHECKING:
-    from bough.interpreter import Interpreter, Lease
+    from bough.interpreter import Interpreter
+    from bough.lease import Lease
 
 START: Final = "<think>"
 END: Final = "</think>"
@@ -86,7 +87,7 @@ class Thought:
 
     def __init__(self, interpreter: Interpreter) -> None:
         """Keep the branch as it is, and let the interpreter go on with a fork of it."""
-        from bough.interpreter import Lease
+        from bough.lease import Lease
 
         running = [f for item in interpreter.strand.items for f in futures_of(item) if not f.done()]
         old = interpreter._branch()

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from bough.errors import InvalidRequest
-from bough.grammars import Grammar, Json, json_schema, lit, many, one_of, optional, rx, separated, until
+from bough.grammar_nodes import Grammar, Json, lit
+from bough.grammars import json_schema, many, one_of, optional, rx, separated, until
 from bough.tool_formats import ToolFormat
 from bough.tools import Tool
 

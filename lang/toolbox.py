@@ -26,7 +26,7 @@ from bough.tools import Tool, ToolCall, ToolResult, shown, tools_of
 from bough.waiting import current_body, running_loop, wait
 
 if TYPE_CHECKING:
-    from bough.grammars import Grammar
+    from bough.grammar_nodes import Grammar
     from bough.state import State
 
 OnError: TypeAlias = Literal["feed", "raise"]

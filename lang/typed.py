@@ -30,7 +30,8 @@ import msgspec
 
 from bough import scalars
 from bough.errors import InvalidRequest
-from bough.grammars import Grammar, Json, Rx, one_of
+from bough.grammar_nodes import Grammar, Json, Rx
+from bough.grammars import one_of
 from bough.runtime import protocol
 
 T_co = TypeVar("T_co", covariant=True)

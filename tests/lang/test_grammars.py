@@ -28,7 +28,8 @@ from bough import (
     substring_of,
     until,
 )
-from bough.grammars import GrammarLike, capture_names
+from bough.grammar_facts import capture_names
+from bough.grammar_nodes import GrammarLike
 from bough.lark_source import JSON_STYLE
 from bough.matching import read
 
