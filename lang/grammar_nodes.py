@@ -213,5 +213,6 @@ def _sequence(*items: Grammar) -> Grammar:
 
 
 def alternatives(*items: Grammar) -> Grammar:
+    """Match one of the grammars; where one is alternatives itself, one of those."""
     flat = [part for item in items for part in (item.items if isinstance(item, Alt) else (item,))]
     return flat[0] if len(flat) == 1 else Alt(tuple(flat))

@@ -3,11 +3,11 @@
 ::
 
     card = (
-        "Name: " + capture("name", rx("[A-Z][a-z]+")) + "\n"
-        "Age: " + capture("age", type=int) + "\n"
+        "Name: " + capture("name", rx("[A-Z][a-z]+")) + "\\n"
+        "Age: " + capture("age", type=int) + "\\n"
         "Likes: " + separated(capture("likes", one_of(["tea", "chess", "rain"])), ", ", min=1, max=3)
     )
-    card.match("Name: Ada\nAge: 36\nLikes: tea").captures   # {"name": "Ada", "age": 36, "likes": ["tea"]}
+    card.match("Name: Ada\\nAge: 36\\nLikes: tea").captures   # {"name": "Ada", "age": 36, "likes": ["tea"]}
     card.sample(seed=1)                                       # some text that it matches
     s += gen("card", grammar=card)                            # one decode; then s["name"], s["age"], s["likes"]
 

@@ -19,13 +19,13 @@ from bough.calls import GenCall, SelectCall
 from bough.constraint import Constraint
 from bough.errors import InvalidRequest
 from bough.expressions import Concat, Gen, Piece, ThoughtBegin, ThoughtEnd, gen
+from bough.lease import Lease
 from bough.pieces import Item, futures_of
 from bough.runtime import protocol
 from bough.strands import Cut, known_length
 
 if TYPE_CHECKING:
     from bough.interpreter import Interpreter
-    from bough.lease import Lease
 
 START: Final = "<think>"
 END: Final = "</think>"
@@ -87,8 +87,6 @@ class Thought:
 
     def __init__(self, interpreter: Interpreter) -> None:
         """Keep the branch as it is, and let the interpreter go on with a fork of it."""
-        from bough.lease import Lease
-
         running = [f for item in interpreter.strand.items for f in futures_of(item) if not f.done()]
         old = interpreter._branch()
         (interpreter.lease.branch,) = interpreter.backend.fork(old, 1)
