@@ -8,10 +8,11 @@ from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
 from bough.backend import Delta, Generation
-from bough.choices import ChoicesDecision, ChoicesSamplingMethod, mean
+from bough.choices import ChoicesDecision, ChoicesSamplingMethod
 from bough.errors import BoughError, ProgramError, of
 from bough.expressions import Gen
 from bough.runtime.protocol import Extended, Selected, TokenLogprob, Usage
+from bough.runtime.protocol.scoring import mean
 from bough.waiting import wait
 
 T = TypeVar("T")

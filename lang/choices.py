@@ -12,13 +12,13 @@ log-probabilities of every choice and names the winner::
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from bough.runtime.protocol import CHOICE_METHODS, ChoiceMethod
+from bough.runtime.protocol.scoring import best, score_choices
 
 Triple: TypeAlias = "tuple[float, int, str]"
 """A token's natural-log probability, its id, its text."""
@@ -110,87 +110,3 @@ def literal(method: str) -> ChoiceMethod:
     """Return a named method as the word the protocol has for it. Raises ValueError for any other text."""
     found: ChoiceMethod = CHOICE_METHODS[CHOICE_METHODS.index(method)]  # type: ignore[assignment]
     return found
-
-
-# ----------------------------------------------------------------------------------------------- the arithmetic
-
-# The runtime has its own copy (runtime/choices.py): backends that only return log-probabilities are scored here. A test
-# holds the two equal.
-
-Logprobs: TypeAlias = Sequence[Sequence[float]]
-
-
-def score_choices(
-    method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None, num_bytes: Sequence[int] = ()
-) -> list[float]:
-    """Return one score per choice. logprobs[i][j]: token j of choice i; unconditional: the same without the prompt.
-
-    num_bytes[i]: the length of choice i in UTF-8.
-    """
-    if method == "token_length_normalized":
-        return [mean(row) for row in logprobs]
-    if method == "greedy_token_selection":
-        return _greedy(logprobs)
-    if method == "sum":
-        return [math.fsum(row) for row in logprobs]
-    if method == "byte_length_normalized":
-        return [math.fsum(row) / count for row, count in zip(logprobs, num_bytes, strict=True)]
-    assert unconditional is not None, "this method needs unconditional log-probabilities"
-    gains = [
-        [given - alone for given, alone in zip(row, base, strict=True)]
-        for row, base in zip(logprobs, unconditional, strict=True)
-    ]
-    return [math.fsum(row) if method == "pmi" else mean(row) for row in gains]
-
-
-def best(scores: Sequence[float]) -> int:
-    """Return the index of the highest score, the first on ties."""
-    return max(range(len(scores)), key=lambda index: (scores[index], -index))
-
-
-def distribution(logprobs: Logprobs, temperature: float = 1.0) -> list[float]:
-    """Return the probability of each choice among the choices: softmax over summed log-probabilities / temperature."""
-    sums = [math.fsum(row) / temperature for row in logprobs]
-    top = max(sums)
-    weights = [math.exp(value - top) for value in sums]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
-
-
-def draw(shares: Sequence[float], point: float) -> int:
-    """Return the first index whose cumulative share is above `point`, in [0, 1); never one without a share."""
-    total, last = 0.0, 0
-    target = point * math.fsum(shares)
-    for index, share in enumerate(shares):
-        total += share
-        if share > 0:
-            last = index
-            if total > target:
-                break
-    return last
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return math.fsum(values) / len(values)
-
-
-def _greedy(logprobs: Logprobs) -> list[float]:
-    """Keep the choices with the likeliest token, position by position; one that has ended competes with its mean.
-
-    The score is 1.0 for the first that is left, else the fraction of positions survived.
-    """
-    length = max(len(row) for row in logprobs)
-    matrix = [[*row, *[mean(row)] * (length - len(row))] for row in logprobs]
-    survived = [0] * len(matrix)
-    remaining = list(range(len(matrix)))
-    for position in range(length):
-        top = max(matrix[index][position] for index in remaining)
-        remaining = [index for index in remaining if matrix[index][position] == top]
-        for index in remaining:
-            survived[index] = position + 1
-        if len(remaining) == 1:
-            break
-    scores = [count / (length + 1) for count in survived]
-    scores[remaining[0]] = 1.0
-    return scores

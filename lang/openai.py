@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import msgspec
 
-from bough import choices as choosing
 from bough.backend import Branch, Generation, OnDelta
 from bough.capabilities import Capabilities, extensions_of, require
 from bough.errors import BoughError, InvalidRequest, Timeout, UnsupportedByBackend
@@ -37,6 +36,7 @@ from bough.runtime.protocol import (
     SamplingParams,
     Selected,
     TokenLogprob,
+    scoring,
 )
 from bough.transcript import Transcript
 
@@ -197,8 +197,8 @@ class OpenAI:
             selected = await self._score(holds, choices, method, queue_ms)
             if temperature:
                 given = [[token.logprob for token in row] for row in selected.logprobs]
-                shares = choosing.distribution(given, temperature)
-                index = choosing.draw(shares, Random(seed).random())
+                shares = scoring.distribution(given, temperature)
+                index = scoring.draw(shares, Random(seed).random())
                 length = holds.length + len(choices[index])
                 selected = msgspec.structs.replace(selected, distribution=shares, index=index, length=length)
             taken = holds.append(choices[selected.index])
@@ -304,13 +304,13 @@ class OpenAI:
         rows = echoed(answer.choices, prompt, texts)
         given = [[token.logprob for token in row] for row in rows]
         alone = await self._alone(rows, texts) if method == "unconditional_likelihood_normalized" else None
-        scores = choosing.score_choices(method, given, alone, [len(text.encode()) for text in texts])
-        index = choosing.best(scores)
+        scores = scoring.score_choices(method, given, alone, [len(text.encode()) for text in texts])
+        index = scoring.best(scores)
         elapsed_ms = (time.monotonic() - begun) * 1000
         usage = usage_of(answer.usage, queue_ms, queue_ms + elapsed_ms, queue_ms + elapsed_ms)
         self._count(usage)
         length = holds.length + len(texts[index])
-        return Selected(0, index, scores, choosing.distribution(given), rows, length, usage, alone)
+        return Selected(0, index, scores, scoring.distribution(given), rows, length, usage, alone)
 
     async def _alone(self, rows: Sequence[Sequence[TokenLogprob]], texts: Sequence[str]) -> list[list[float]]:
         """Return the log-probabilities of the choices without the prompt."""

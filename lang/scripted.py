@@ -16,7 +16,6 @@ from itertools import count
 from typing import Final, TypeVar
 
 from bough.backend import Branch, Delta, Generation, OnDelta
-from bough.choices import score_choices
 from bough.errors import BoughError, Cancelled, ContextOverflow, InvalidRequest, of
 from bough.runtime import protocol
 from bough.runtime.protocol import (
@@ -28,6 +27,7 @@ from bough.runtime.protocol import (
     TokenLogprob,
     Usage,
 )
+from bough.runtime.protocol.scoring import score_choices
 from bough.script import Choose, Replies, Script, check_reply, cut, only_text, words_of
 from bough.scripted_branch import ScriptedBranch
 

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bough.runtime.batch import RowResult
-from bough.runtime.choices import best, distribution, draw, score_choices
 from bough.runtime.operation import Operation
 from bough.runtime.protocol import Score, Select, Selected, TokenLogprob
+from bough.runtime.protocol.scoring import best, distribution, draw, score_choices
 from bough.runtime.rng import uniforms
 from bough.runtime.sequence import Sequence
 from bough.runtime.text.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from processes import within
 from tiny_checkpoints import Oracle, tiny_checkpoint
 
 import bough as bo
-from bough.runtime.choices import distribution, score_choices
 from bough.runtime.protocol import ChoiceMethod
+from bough.runtime.protocol.scoring import distribution, score_choices
 
 # Variant, page size. llama has no token for every prefix of its words; llama_tied is SentencePiece, qwen2 without BOS.
 CASES = [("llama", 16), ("llama_tied", 3), ("qwen2", 1)]

@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import bough as bo
-from bough import State, choices
-from bough.runtime import choices as of_runtime
+from bough import State
 from bough.runtime.protocol import CHOICE_METHODS
 
-ROWS = st.lists(st.lists(st.floats(-20, 0), min_size=1, max_size=5), min_size=1, max_size=5)
 NAMED = (
     bo.token_length_normalized,
     bo.greedy_token_selection,
@@ -41,21 +37,6 @@ class Decide(bo.ChoicesSamplingMethod):
     def __call__(self, **given: Any) -> bo.ChoicesDecision:
         self.given.append(given)
         return bo.ChoicesDecision(self.decide(given), {"why": "it said so"})
-
-
-@given(ROWS)
-def test_backends_without_a_runtime_score_as_the_runtime_does(rows: list[list[float]]) -> None:
-    alone = [[value / 2 for value in row] for row in rows]
-    for method in map(choices.literal, CHOICE_METHODS):
-        num_bytes = [3 * len(row) + 1 for row in rows]
-        mine = choices.score_choices(method, rows, alone, num_bytes)
-        assert mine == of_runtime.score_choices(method, rows, alone, num_bytes)
-        assert choices.best(mine) == of_runtime.best(mine)
-    for temperature in (1.0, 0.3):
-        shares = choices.distribution(rows, temperature)
-        assert shares == of_runtime.distribution(rows, temperature)
-        for point in (0.0, 0.3, 0.99):
-            assert choices.draw(shares, point) == of_runtime.draw(shares, point)
 
 
 def test_named_methods_are_their_names_and_can_be_called() -> None:

@@ -23,7 +23,6 @@ from fakes import FREED, FakeClock, FakeRunner, allowed_ids, logprob
 from bough.runtime.batch import Batch, RowResult, SampleRequest
 from bough.runtime.cache.prefix_cache import Lease, PrefixCache
 from bough.runtime.cache.radix_tree import Node
-from bough.runtime.choices import best, distribution, score_choices
 from bough.runtime.composer import Composer
 from bough.runtime.config import RuntimeConfig
 from bough.runtime.engine import Engine
@@ -69,6 +68,7 @@ from bough.runtime.protocol import (
     decode_tokens,
     delta_tokens,
 )
+from bough.runtime.protocol.scoring import best, distribution, score_choices
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence as Running
 from bough.runtime.session import Session

@@ -1,4 +1,7 @@
-"""How a select decides: pure functions from log-probabilities to scores.
+"""How a select decides: what each `ChoiceMethod` makes of log-probabilities.
+
+In the protocol because both sides decide: the runtime for its clients, the language for backends that only return
+log-probabilities.
 
     token_length_normalized               the mean over the tokens (SGLang's, and the default)
     greedy_token_selection                what greedy decoding among the choices takes, token by token (SGLang's)
@@ -16,19 +19,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final, Literal, TypeAlias, get_args
 
-from bough.runtime.protocol import ChoiceMethod
+ChoiceMethod = Literal[
+    "token_length_normalized",
+    "greedy_token_selection",
+    "unconditional_likelihood_normalized",
+    "sum",
+    "byte_length_normalized",
+    "pmi",
+]
+CHOICE_METHODS: Final[tuple[str, ...]] = get_args(ChoiceMethod)
 
-Logprobs = Sequence[Sequence[float]]
+Logprobs: TypeAlias = Sequence[Sequence[float]]
+"""[i][j]: the natural-log probability of token j of choice i."""
 
 
 def score_choices(
     method: ChoiceMethod, logprobs: Logprobs, unconditional: Logprobs | None, num_bytes: Sequence[int] = ()
 ) -> list[float]:
-    """Return one score per choice; the first of the highest is selected. num_bytes: of each choice's text."""
+    """Return one score per choice; the first of the highest is selected.
+
+    num_bytes[i]: the length of choice i in UTF-8, for byte_length_normalized; unconditional: for the methods that
+    compare with it.
+    """
     match method:
         case "token_length_normalized":
-            return [_mean(row) for row in logprobs]
+            return [mean(row) for row in logprobs]
         case "greedy_token_selection":
             return _greedy(logprobs)
         case "sum":
@@ -40,7 +57,7 @@ def score_choices(
         [given - alone for given, alone in zip(row, base, strict=True)]
         for row, base in zip(logprobs, unconditional, strict=True)
     ]
-    return [math.fsum(row) if method == "pmi" else _mean(row) for row in gains]
+    return [math.fsum(row) if method == "pmi" else mean(row) for row in gains]
 
 
 def best(scores: Sequence[float]) -> int:
@@ -70,7 +87,8 @@ def draw(shares: Sequence[float], point: float) -> int:
     return last
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean."""
     return math.fsum(values) / len(values)
 
 
@@ -78,7 +96,7 @@ def _greedy(logprobs: Logprobs) -> list[float]:
     """Keep, token position by token position, the choices with the likeliest token; a choice that has ended competes
     with its mean. The score is 1.0 for the first that is left, else the fraction of positions survived."""
     length = max(len(row) for row in logprobs)
-    matrix = [[*row, *[_mean(row)] * (length - len(row))] for row in logprobs]
+    matrix = [[*row, *[mean(row)] * (length - len(row))] for row in logprobs]
     survived = [0] * len(matrix)
     remaining = list(range(len(matrix)))
     for position in range(length):

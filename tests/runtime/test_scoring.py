@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from bough.runtime.choices import best, distribution, draw, score_choices
 from bough.runtime.protocol import ChoiceMethod
+from bough.runtime.protocol.scoring import best, distribution, draw, score_choices
 
 
 def test_the_default_compares_means_so_that_length_does_not_matter() -> None:
