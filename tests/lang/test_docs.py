@@ -47,7 +47,7 @@ def test_every_public_name_is_in_a_page() -> None:
 
 
 def test_every_option_of_the_runtime_is_in_its_page() -> None:
-    from bough.runtime.__main__ import build_parser
+    from bough.runtime.options import build_parser
 
     text = (ROOT / "docs" / "runtime.md").read_text()
     flags = [
