@@ -17,6 +17,7 @@ from msgspec import inspect
 
 from bough import scalars
 from bough.errors import InvalidRequest, InvalidValue
+from bough.type_limits import needs_pydantic, refuse_meta
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -97,6 +98,8 @@ def name_of(type: Any) -> str:
 
 def _of_msgspec(type: Any) -> tuple[Schema, Callable[[str], Any]] | None:
     """Return schema and reader of a type that msgspec knows; None if it does not, or something inside is foreign."""
+    if needs_pydantic(type):
+        return None
     try:
         info = inspect.type_info(type)
         decoder = msgspec.json.Decoder(type)
@@ -299,12 +302,14 @@ def _of_pydantic(type: Any) -> tuple[Schema, Callable[[str], Any]]:
             field="type",
         ) from None
     try:
+        refuse_meta(type)
         adapter: TypeAdapter[Any] = TypeAdapter(type)
         schema = dict(_tightened(adapter.json_schema(schema_generator=_generator())))  # it may be _JSON itself
         if _JSON in _values(schema):
             schema.setdefault("$defs", {})["JSON"] = ANY
     except (PydanticUserError, TypeError, NameError, AttributeError) as error:
-        raise InvalidRequest(f"{_culprit(type)} has no JSON form", field="type", value=repr(type)) from error
+        why = str(error).partition("\n")[0]
+        raise InvalidRequest(f"{_culprit(type)} has no JSON form: {why}", field="type", value=repr(type)) from error
     return schema, adapter.validate_json
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, NewType, Optional, TypedDict, Union
 
+import annotated_types
 import jsonschema
 import msgspec
 import pydantic
@@ -78,6 +79,34 @@ class Model(pydantic.BaseModel):
 @dataclass
 class Other:
     z: bool
+
+
+@dataclass
+class Limited:
+    few: Annotated[list[Annotated[int, pydantic.Field(ge=5, le=7)]], pydantic.Field(max_length=2)]
+    code: Annotated[str, pydantic.StringConstraints(pattern="^[A-Z]{3}$")] = "AAA"
+
+
+@pydantic.dataclasses.dataclass
+class Odd:
+    n: Annotated[int, pydantic.Field(gt=0)]
+
+    @pydantic.field_validator("n")
+    @classmethod
+    def odd(cls, n: int) -> int:
+        if n % 2 == 0:
+            raise ValueError("even")
+        return n
+
+
+@dataclass
+class Mixed:
+    low: Annotated[int, msgspec.Meta(ge=5)]
+    short: Annotated[str, pydantic.Field(max_length=3)]
+
+
+class OfModel(pydantic.BaseModel):
+    low: Annotated[int, msgspec.Meta(ge=5)]
 
 
 UserId = NewType("UserId", int)
@@ -198,6 +227,8 @@ def test_every_date_from_the_year_1000_on_can_be_written(day: dt.date) -> None:
         (enum.Enum("Blank", {"A": ""}), "is written as nothing"),
         (Literal["1", 1], "is written like"),
         (type("Foreign", (), {}), "Foreign has no JSON form"),
+        (Mixed, r"msgspec\.Meta\(ge=5\) is a limit for msgspec, in a type that pydantic reads"),
+        (list[OfModel], r"msgspec\.Meta\(ge=5\) is a limit for msgspec"),
     ],
 )
 def test_a_type_that_cannot_be_is_refused_by_the_name_of_its_part(type: Any, words: str) -> None:
@@ -221,6 +252,33 @@ def test_a_value_that_the_types_own_checks_refuse_is_a_typed_error() -> None:
     with pytest.raises(bo.InvalidValue, match="odd"):
         s["x"]
     assert s.text() == '{"n": 3}'
+
+
+@pytest.mark.parametrize(
+    ("type", "allowed", "refused"),
+    [
+        (Annotated[int, pydantic.Field(ge=5, le=7)], "6", "102"),
+        (Annotated[int, pydantic.Field(ge=5), "a note"], "6", "4"),
+        (Annotated[int, "a note"], "102", "1.5"),
+        (Optional[Annotated[int, annotated_types.Gt(4)]], "5", "4"),
+        (Annotated[list[int], annotated_types.Len(2, 3)], "[1, 2]", "[1]"),
+        (pydantic.PositiveInt, "1", "0"),
+        (Limited, '{"few": [5, 7]}', '{"few": [5, 8]}'),
+        (Limited, '{"few": [5], "code": "XYZ"}', '{"few": [5], "code": "XY"}'),
+        (list[Limited], '[{"few": [6]}]', '[{"few": [5, 6, 7]}]'),
+        (Odd, '{"n": 1}', '{"n": 0}'),
+    ],
+)
+def test_limits_that_pydantic_knows_hold_wherever_they_stand(type: Any, allowed: str, refused: str) -> None:
+    grammar = shape_of(type).grammar
+    assert grammar.match(allowed) is not None
+    assert grammar.match(refused) is None
+
+
+def test_the_checks_of_a_pydantic_dataclass_are_carried_out() -> None:
+    assert shape_of(Odd).read('{"n": 3}') == Odd(3)
+    with pytest.raises(bo.InvalidValue, match="even"):
+        shape_of(Odd).read('{"n": 2}')
 
 
 # ---------------------------------------------------------------------------------------------- gen's arguments
