@@ -137,7 +137,7 @@ def _step(runner: Runner, width: int, context: int, reps: int) -> dict[str, Summ
     def linears() -> None:
         for layer in layers:
             w = layer._weights
-            w.qkv(hidden), w.out(heads), w.gate_up(hidden), w.down(wide)
+            w.qkv(hidden), w.out(heads), w.gated(hidden), w.down(wide)
         model.logits(hidden)
 
     plan = build_inputs(batch, runner.page_size, runner.attention.plan).attention

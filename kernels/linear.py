@@ -29,17 +29,30 @@ class LayerArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "scales", "offset")),
         *((name, ctypes.c_void_p) for name in ("units", "row_scales", "out")),
         *((name, ctypes.c_int32) for name in ("num_rows", "in_size", "out_size", "kind", "is_bf16")),
+        *((name, ctypes.c_int32) for name in ("is_gated", "num_skipped")),
     )
 
 
 class NativeLinear:
-    """x -> x Wᵀ + b for x (num_rows, in_size), on a packed copy of the weights; made by the functions below."""
+    """x -> x Wᵀ + b for x (num_rows, in_size), on a packed copy of the weights; made by the functions below.
 
-    def __init__(self, kind: int, packed: torch.Tensor, shape: torch.Size, *outputs: torch.Tensor | None) -> None:
-        self.is_bfloat16 = kind == _BF16  # the weights
+    is_bfloat16: the weights are. is_gated: what comes out is silu(gate) · up of that, (num_rows, out_size), and the
+    weights have twice as many rows.
+    """
+
+    def __init__(
+        self,
+        kind: int,
+        packed: torch.Tensor,
+        shape: torch.Size,
+        *outputs: torch.Tensor | None,
+        is_gated: bool = False,
+    ) -> None:
+        self.is_bfloat16, self.is_gated = kind == _BF16, is_gated
         self._kind = kind
         self._run = native_library().bough_linear
-        self.out_size, self.in_size = shape
+        self._num_outputs, self.in_size = shape
+        self.out_size = self._num_outputs // 2 if is_gated else self._num_outputs
         self._kept = (packed, *outputs)  # what the addresses point to
         self._addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in self._kept)
 
@@ -58,13 +71,14 @@ class NativeLinear:
         self._run(ctypes.byref(self._arguments(x, out, *room)))
         return out
 
-    def arguments(self, x: torch.Tensor, out: torch.Tensor) -> LayerArgs:
-        """Return what compiled code takes to write the product into `out`; for weights in bfloat16."""
+    def arguments(self) -> LayerArgs:
+        """Return what compiled code takes for bfloat16, but for x, how many rows it has, and out."""
         assert self.is_bfloat16, "others need room for the units of x"
-        return self._arguments(x, out, None, None)
+        sizes = (0, self.in_size, self._num_outputs, self._kind, True, self.is_gated, 0)
+        return LayerArgs(None, *self._addresses, None, None, None, *sizes)
 
     def _arguments(self, x: torch.Tensor, out: torch.Tensor, units: int | None, scales: int | None) -> LayerArgs:
-        sizes = (len(x), self.in_size, self.out_size, self._kind, x.dtype == torch.bfloat16)
+        sizes = (len(x), self.in_size, self._num_outputs, self._kind, x.dtype == torch.bfloat16, self.is_gated, 0)
         return LayerArgs(x.data_ptr(), *self._addresses, units, scales, out.data_ptr(), *sizes)
 
 
@@ -76,6 +90,19 @@ def bfloat16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLi
     if weight.dtype != torch.bfloat16 or not _can(_BF16, weight.shape[1]):
         return None
     return NativeLinear(_BF16, _panels(weight, 2), weight.shape, _filled(bias), None, None)
+
+
+def gated_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear | None:
+    """Return silu(gate) · up of the product, rounded once; None where it cannot be done.
+
+    weight: (2 size, in_size), the gate's rows before the others; bias: (2 size,) or None. As in `bfloat16_linear`.
+    """
+    half = _PANEL // 2
+    if weight.dtype != torch.bfloat16 or not _can(_BF16, weight.shape[1]) or len(weight) % (2 * half):
+        return None
+    order = torch.arange(len(weight)).view(2, -1, half).transpose(0, 1).flatten()  # a panel: gates, and what they gate
+    filled = _filled(None if bias is None else bias[order])
+    return NativeLinear(_BF16, _panels(weight[order], 2), weight.shape, filled, None, None, is_gated=True)
 
 
 def int8_linear(units: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> NativeLinear | None:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 LANES: Final = 16
 """Sizes of rows and heads must be multiples of this."""
-VERSION: Final = 7
+VERSION: Final = 8
 """Of the structs that the functions take; a library built before they changed must not be called."""
 _FUNCTIONS: Final = (
     "bough_attention",

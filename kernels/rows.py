@@ -135,19 +135,16 @@ class SplitArgs(ctypes.Structure):
     )
 
     @classmethod
-    def of(
-        cls,
-        qkv: torch.Tensor,
-        kv: PagedKV,
-        rotation: Rotation | None,
-        norms: HeadNorms | None,
-        q: torch.Tensor,
-        eps: float,
-    ) -> SplitArgs:
-        """Return the arguments that write the rotated queries into q; without a rotation, that is to be filled in."""
-        tensors = (qkv, *(norms or (None, None)), *(rotation or (None,) * 3), q, kv.k, kv.v, kv.k_scales, kv.v_scales)
-        sizes = (len(qkv), q.shape[1], kv.num_kv_heads, kv.head_dim, qkv.dtype == torch.bfloat16)
-        return cls(*(None if t is None else t.data_ptr() for t in tensors), *sizes, eps)
+    def of(cls, kv: PagedKV, norms: HeadNorms | None, num_heads: int, eps: float, *, is_bf16: bool) -> SplitArgs:
+        """Return the arguments but for qkv, q, the rotation and how many tokens there are."""
+        args = cls()
+        norm_weights = (None, None) if norms is None else (w.data_ptr() for w in norms)
+        args.q_weight, args.k_weight = norm_weights
+        args.k, args.v = kv.k.data_ptr(), kv.v.data_ptr()
+        args.k_scales, args.v_scales = (None if x is None else x.data_ptr() for x in (kv.k_scales, kv.v_scales))
+        args.num_heads, args.num_kv_heads, args.dim = num_heads, kv.num_kv_heads, kv.head_dim
+        args.is_bf16, args.eps = is_bf16, eps
+        return args
 
 
 class NativeRows:
@@ -178,7 +175,10 @@ class NativeRows:
         num_kv_heads, head_dim = kv.num_kv_heads, kv.head_dim
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         q = torch.empty(len(qkv), num_heads, head_dim, dtype=qkv.dtype)
-        self._library.bough_split_rotate_store(ctypes.byref(SplitArgs.of(qkv, kv, rotation, norms, q, eps)))
+        args = SplitArgs.of(kv, norms, num_heads, eps, is_bf16=qkv.dtype == torch.bfloat16)
+        args.num_tokens, args.qkv, args.q = len(qkv), qkv.data_ptr(), q.data_ptr()
+        args.cosine, args.sine, args.slots = (x.data_ptr() for x in rotation)
+        self._library.bough_split_rotate_store(ctypes.byref(args))
         return q
 
     def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:

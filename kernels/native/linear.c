@@ -7,7 +7,7 @@
 
 #include "step.h"
 
-#define PANEL 64
+#define PANEL LINEAR_PANEL
 #define VECS (PANEL / LANES)
 
 /* Rows of x that are done at a time are at most this many bytes: with a panel they stay in a core's cache. */
@@ -15,11 +15,12 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 
-#include <immintrin.h>
 #include <omp.h>
 
+#include "nearly.h"
+
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")))
-#define TILE 6
+#define TILE LINEAR_TILE
 
 EXPORT int32_t bough_linear_kinds(void) {
     __builtin_cpu_init();
@@ -102,33 +103,65 @@ WIDE INLINE void multiply_bytes(const char *x, const char *weight, int steps, __
         for (int j = 0; j < VECS; j++) out[r][j] = sums[r][j];
 }
 
+WIDE INLINE __m512 with_bias(const Layer *l, __m512 sum, int at) {
+    return l->bias ? _mm512_add_ps(sum, _mm512_loadu_ps(l->bias + at)) : sum;
+}
+
+/* The sums of some rows and one panel, as they are stored. */
+WIDE INLINE void finish_bf16(const Layer *l, int row, int panel, const int rows, __m512 sums[TILE][VECS]) {
+    for (int j = 0; j < VECS; j++) {
+        const int at = panel * PANEL + j * LANES;
+        if (at >= l->out_size) break;
+        for (int r = 0; r < rows; r++)
+            store_some(l->out, (ptrdiff_t)(row + r) * l->out_size + at, with_bias(l, sums[r][j], at), l->out_size - at, 1);
+    }
+}
+
+/* The same where the first half of a panel are gates of the second: silu(gate) * up, rounded once. */
+WIDE INLINE void finish_gated(const Layer *l, int row, int panel, const int rows, __m512 sums[TILE][VECS]) {
+    for (int j = 0; j < VECS / 2; j++) {
+        const int at = panel * PANEL + j * LANES;
+        for (int r = 0; r < rows; r++) {
+            const __m512 gate = with_bias(l, sums[r][j], at), up = with_bias(l, sums[r][j + VECS / 2], at + PANEL / 2);
+            const ptrdiff_t to = (ptrdiff_t)(row + r) * (l->out_size / 2) + panel * (PANEL / 2) + j * LANES;
+            store_some(l->out, to, _mm512_mul_ps(silu_nearly(gate), up), LANES, 1);
+        }
+    }
+}
+
+WIDE INLINE void finish_bytes(const Layer *l, int row, int panel, const int rows, __m512i sums[TILE][VECS],
+                              const int is_bf16) {
+    for (int j = 0; j < VECS; j++) {
+        const int at = panel * PANEL + j * LANES;
+        if (at >= l->out_size) break;
+        for (int r = 0; r < rows; r++) {
+            const __m512i centred = _mm512_sub_epi32(sums[r][j], _mm512_loadu_si512(l->offset + at));
+            const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_loadu_ps(l->scales + at));
+            const __m512 scale = _mm512_set1_ps(l->row_scales[row + r]);
+            const __m512 sum = l->bias ? _mm512_fmadd_ps(scaled, scale, _mm512_loadu_ps(l->bias + at))
+                                       : _mm512_mul_ps(scaled, scale);
+            store_some(l->out, (ptrdiff_t)(row + r) * l->out_size + at, sum, l->out_size - at, is_bf16);
+        }
+    }
+}
+
 /* Some rows times one panel. */
 WIDE INLINE void run_tile(const Layer *l, int row, int panel, Ahead ahead, const int rows, const int kind, const int is_bf16) {
     const int is_bytes = kind == LINEAR_BYTES, steps = l->in_size / (is_bytes ? 4 : 2);
     const char *x = (is_bytes ? (const char *)l->units : (const char *)l->x) + (ptrdiff_t)row * steps * 4;
     const char *weight = (const char *)l->weight + (ptrdiff_t)panel * steps * PANEL * 4;
-    __m512 sums[TILE][VECS];
-    __m512i whole[TILE][VECS];
-    if (is_bytes)
-        multiply_bytes(x, weight, steps, whole, ahead, rows);
-    else
-        multiply_bf16(x, weight, steps, sums, ahead, rows);
-    for (int j = 0; j < VECS; j++) {
-        const int at = panel * PANEL + j * LANES;
-        if (at >= l->out_size) break;
-        for (int r = 0; r < rows; r++) {
-            __m512 sum;
-            if (is_bytes) {
-                const __m512i centred = _mm512_sub_epi32(whole[r][j], _mm512_loadu_si512(l->offset + at));
-                const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_loadu_ps(l->scales + at));
-                const __m512 scale = _mm512_set1_ps(l->row_scales[row + r]);
-                sum = l->bias ? _mm512_fmadd_ps(scaled, scale, _mm512_loadu_ps(l->bias + at))
-                              : _mm512_mul_ps(scaled, scale);
-            } else
-                sum = l->bias ? _mm512_add_ps(sums[r][j], _mm512_loadu_ps(l->bias + at)) : sums[r][j];
-            store_some(l->out, (ptrdiff_t)(row + r) * l->out_size + at, sum, l->out_size - at, is_bf16);
-        }
+    if (is_bytes) {
+        __m512i sums[TILE][VECS];
+        multiply_bytes(x, weight, steps, sums, ahead, rows);
+        finish_bytes(l, row, panel, rows, sums, is_bf16);
+        return;
     }
+    __m512 sums[TILE][VECS];
+    multiply_bf16(x, weight, steps, sums, ahead, rows);
+    if (l->is_gated)
+        finish_gated(l, row, panel, rows, sums);
+    else
+        finish_bf16(l, row, panel, rows, sums);
 }
 
 /* The lines of `next`, or none, are asked for during the first tiles, evenly: memory works while products are made. */
@@ -190,12 +223,24 @@ WIDE static void to_bytes(const Layer *l, int row) {
         row_to_bytes(l, row, 0);
 }
 
-/* out = x weight^T + bias. The caller has checked every argument. */
-EXPORT void bough_linear(const Layer *l) {
-    const int panels = (l->out_size + PANEL - 1) / PANEL;
+static ptrdiff_t panel_bytes(const Layer *l) {
+    return (ptrdiff_t)l->in_size * PANEL * (l->kind == LINEAR_BYTES ? 1 : 2);
+}
+
+/* As many rows as NEAR_BYTES hold, in whole tiles. */
+static int rows_of_part(const Layer *l) {
     const int most = NEAR_BYTES / (l->in_size * (l->kind == LINEAR_BYTES ? 1 : 2)) / TILE * TILE;
-    const int part = most > TILE ? most : TILE, parts = (l->num_rows + part - 1) / part;
-    const ptrdiff_t panel_bytes = (ptrdiff_t)l->in_size * PANEL * (l->kind == LINEAR_BYTES ? 1 : 2);
+    return most > TILE ? most : TILE;
+}
+
+/* The panel that comes `later` panels after this one, or none. */
+static const char *panel_after(const Layer *l, int panel, int later, int panels) {
+    return panel + later < panels ? (const char *)l->weight + (panel + later) * panel_bytes(l) : NULL;
+}
+
+EXPORT void bough_linear(const Layer *l) {
+    const int panels = (l->out_size + PANEL - 1) / PANEL, first = l->num_skipped, taken = panels - first;
+    const int part = rows_of_part(l), parts = (l->num_rows + part - 1) / part;
 #pragma omp parallel
     {
         const int num_threads = omp_get_num_threads(); /* panels are taken in turn: what this thread is likely to take */
@@ -204,12 +249,20 @@ EXPORT void bough_linear(const Layer *l) {
             for (int row = 0; row < l->num_rows; row++) to_bytes(l, row);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int item = 0; item < parts * panels; item++) {
-            const int begin = item / panels * part, end = begin + part, after = item % panels + num_threads;
-            const char *next = after < panels ? (const char *)l->weight + after * panel_bytes : NULL;
-            run_panel(l, begin, end < l->num_rows ? end : l->num_rows, item % panels, next);
+        for (int item = 0; item < parts * taken; item++) {
+            const int begin = item / taken * part, end = begin + part, panel = first + item % taken;
+            run_panel(l, begin, end < l->num_rows ? end : l->num_rows, panel, panel_after(l, panel, num_threads, panels));
         }
     }
+}
+
+void bough_linear_alone(const Layer *l) {
+    const int panels = (l->out_size + PANEL - 1) / PANEL, part = rows_of_part(l);
+    for (int begin = 0; begin < l->num_rows; begin += part)
+        for (int panel = l->num_skipped; panel < panels; panel++) {
+            const int end = begin + part < l->num_rows ? begin + part : l->num_rows;
+            run_panel(l, begin, end, panel, panel_after(l, panel, 1, panels));
+        }
 }
 
 #else
@@ -217,5 +270,7 @@ EXPORT void bough_linear(const Layer *l) {
 EXPORT int32_t bough_linear_kinds(void) { return 0; }
 
 EXPORT void bough_linear(const Layer *l) { (void)l; }
+
+void bough_linear_alone(const Layer *l) { (void)l; }
 
 #endif

@@ -5,7 +5,7 @@
 #include "step.h"
 
 /* Of the functions and of the structs of step.h, attention.h and step.c: native_library.py's VERSION. */
-EXPORT int32_t bough_version(void) { return 7; }
+EXPORT int32_t bough_version(void) { return 8; }
 
 /* Fewer elements than this are done by the calling thread: to wake another takes longer. */
 #define WORTH_A_THREAD 32768
@@ -38,7 +38,7 @@ INLINE void norm_row(void *x, const void *delta, const void *weight, void *out, 
     if (delta)
         for (int i = 0; i < size; i += LANES)
             store(x, at + i, load(x, at + i, is_bf16) + load(delta, at + i, is_bf16), is_bf16);
-    normalise(x, at, weight, out, at, size, eps, is_bf16);
+    if (out) normalise(x, at, weight, out, at, size, eps, is_bf16);
 }
 
 CLONES static void norm_one(void *x, const void *delta, const void *weight, void *out, ptrdiff_t at, int size,
@@ -49,10 +49,15 @@ CLONES static void norm_one(void *x, const void *delta, const void *weight, void
         norm_row(x, delta, weight, out, at, size, eps, 0);
 }
 
-/* x += delta (if there is one), out = x / rms(x) * weight. x, delta, out: (num_rows, size), size a multiple of LANES. */
 EXPORT void bough_add_rms_norm(void *x, const void *delta, const void *weight, void *out, int32_t num_rows,
                                int32_t size, float eps, int32_t is_bf16) {
 #pragma omp parallel for if ((ptrdiff_t)num_rows * size >= WORTH_A_THREAD)
+    for (int row = 0; row < num_rows; row++)
+        norm_one(x, delta, weight, out, (ptrdiff_t)row * size, size, eps, is_bf16);
+}
+
+void bough_norm_alone(void *x, const void *delta, const void *weight, void *out, int32_t num_rows, int32_t size,
+                      float eps, int32_t is_bf16) {
     for (int row = 0; row < num_rows; row++)
         norm_one(x, delta, weight, out, (ptrdiff_t)row * size, size, eps, is_bf16);
 }
@@ -91,7 +96,7 @@ INLINE void split_row(const Split *s, int row, const int is_bf16, const int is_q
     const int dim = s->dim, heads = s->num_heads, kv_heads = s->num_kv_heads;
     const ptrdiff_t from = (ptrdiff_t)row * (heads + 2 * kv_heads) * dim, slot = s->slots[row] * kv_heads * dim;
     const float *cosine = s->cosine + (ptrdiff_t)row * (dim / 2), *sine = s->sine + (ptrdiff_t)row * (dim / 2);
-    for (int head = 0; head < heads + kv_heads; head++) {
+    for (int head = s->q ? 0 : heads; head < heads + kv_heads; head++) {
         const int is_key = head >= heads;
         const void *weight = is_key ? s->k_weight : s->q_weight, *in = s->qkv;
         ptrdiff_t at = from + (ptrdiff_t)head * dim;
@@ -132,9 +137,12 @@ CLONES static void split_one(const Split *s, int row) {
         split_row(s, row, 0, 0);
 }
 
-/* Part qkv, normalise heads, rotate queries and keys, write keys and values into their slots. */
 EXPORT void bough_split_rotate_store(const Split *s) {
 #pragma omp parallel for if ((ptrdiff_t)s->num_tokens * (s->num_heads + 2 * s->num_kv_heads) * s->dim >= WORTH_A_THREAD)
+    for (int row = 0; row < s->num_tokens; row++) split_one(s, row);
+}
+
+void bough_split_alone(const Split *s) {
     for (int row = 0; row < s->num_tokens; row++) split_one(s, row);
 }
 

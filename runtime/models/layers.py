@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bough.kernels.linear import bfloat16_linear, int8_linear
-from bough.kernels.reference import quantise
+from bough.kernels.linear import bfloat16_linear, gated_linear, int8_linear
+from bough.kernels.reference import gated_silu, quantise
+from bough.kernels.rows import RowOps
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,40 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, plan: LinearPla
         assert native is not None, "the plan was made where it works"
         return native
     return Linear(_packed(weight, bias) if plan.kind == "packed" else _plain(weight, bias), plan.row_multiple)
+
+
+class GatedProduct:
+    """silu(gate) · up of a product whose first outputs are the gate's, in two steps."""
+
+    def __init__(self, product: Product, rows: RowOps) -> None:
+        self._product = product
+        self._rows = rows
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (num_rows, size) for x (num_rows, in_size), in x's dtype."""
+        return self._rows.gated_silu(self._product(x))
+
+
+def make_gated(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    """Return the same for weight (2 size, in_size) in one step, where `plan_linear` found "native"; None if it cannot.
+
+    Its results are rounded once.
+    """
+    return gated_linear(weight, bias) if _native_gate_is_right() else None
+
+
+@functools.cache
+def _native_gate_is_right() -> bool:
+    """Tell whether the compiled gate agrees with float64's definition."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((7, 64), (192, 64), (192,)))
+    x[0] *= 30  # gates far out
+    product = gated_linear(weight, bias)
+    if product is None:
+        return False
+    exact = gated_silu(x.double() @ weight.double().T + bias.double())
+    limit = 2 * torch.finfo(torch.bfloat16).eps
+    return torch.allclose(product(x).double(), exact, rtol=limit, atol=limit)
 
 
 class DeviceLinear:

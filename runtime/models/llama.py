@@ -9,13 +9,22 @@ import torch
 from bough.kernels import native_attention
 from bough.kernels.attention import Plan, paged_attention
 from bough.kernels.linear import NativeLinear
-from bough.kernels.native_step import MOST_ROWS, LayerParts, NativeStep
+from bough.kernels.native_step import Kept, LayerParts, NativeStep
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.rows import HeadNorms, NativeRows, Rotation, RowOps, choose_rows
 from bough.runtime.cache.kv_pool import KVPool
 from bough.runtime.inputs import LastLayer, StepInputs
 from bough.runtime.models.config import ModelConfig
-from bough.runtime.models.layers import DeviceLinear, Int8Linear, LinearPlan, Product, make_linear, plan_linear
+from bough.runtime.models.layers import (
+    DeviceLinear,
+    GatedProduct,
+    Int8Linear,
+    LinearPlan,
+    Product,
+    make_gated,
+    make_linear,
+    plan_linear,
+)
 from bough.runtime.models.rope import RopeTable
 from bough.runtime.models.weights import Weights
 
@@ -52,7 +61,7 @@ class Llama:
         self._norm = build.norm("model.norm")
         self._rows = build.rows
         self._head = build.head(self._embedding)
-        self._small_step = _small_step(config, self._layers, self._rows)
+        self._native_step = _native_step(config, self._layers, self._rows)
         self._rope = RopeTable(config.rope, config.head_dim, device)
         if parts is not None:
             self._rope.reserve(config.context_len)
@@ -64,15 +73,25 @@ class Llama:
         """
         x = self._embedding.index_select(0, inputs.token_ids)
         rotation = Rotation(*self._rope.lookup(inputs.positions, inputs.end_position), inputs.slots)
-        plan, last = inputs.attention, inputs.last
-        is_small = last is None and len(x) <= MOST_ROWS
-        if self._small_step is not None and is_small and isinstance(plan, native_attention.Plan):
-            x, delta = self._small_step.run(x, rotation, plan, pool.layers)
-        else:
-            x, delta = self._forward_layers(x, rotation, inputs, pool)
-        wanted = inputs.wanted if last is None else last.wanted
+        wanted = inputs.wanted if inputs.last is None else inputs.last.wanted
+        done = self._forward_at_once(x, rotation, inputs, pool)
+        if done is not None:
+            return self._rows.add_norm(done.index_select(0, wanted), None, self._norm, self.config.rms_eps)[1]
+        x, delta = self._forward_layers(x, rotation, inputs, pool)
         ends = (x.index_select(0, wanted), delta.index_select(0, wanted))
         return self._rows.add_norm(*ends, self._norm, self.config.rms_eps)[1]
+
+    def _forward_at_once(
+        self, x: torch.Tensor, rotation: Rotation, inputs: StepInputs, pool: KVPool
+    ) -> torch.Tensor | None:
+        """Return the last layer's output by one call of compiled code; None where something is not compiled."""
+        plan, last = inputs.attention, inputs.last
+        if self._native_step is None or not isinstance(plan, native_attention.Plan):
+            return None
+        if last is None:
+            return self._native_step.run(x, rotation, plan, pool.layers)
+        assert isinstance(last.attention, native_attention.Plan), "a native plan can be narrowed"
+        return self._native_step.run(x, rotation, plan, pool.layers, Kept(last.tokens, last.attention))
 
     def _forward_layers(
         self, x: torch.Tensor, rotation: Rotation, inputs: StepInputs, pool: KVPool
@@ -94,13 +113,13 @@ class Llama:
 
 
 class _LayerWeights(NamedTuple):
-    """One decoder layer's weights; norms (hidden_size,) before attention and before the MLP."""
+    """One decoder layer's weights; norms (hidden_size,) before attention and before the MLP. gated: silu(gate) · up."""
 
     norms: tuple[torch.Tensor, torch.Tensor]
     qkv: Product
     head_norms: HeadNorms | None
     out: Product
-    gate_up: Product
+    gated: Product
     down: Product
 
 
@@ -137,7 +156,7 @@ class _Layer:
             if not len(x):
                 return x, x
         x, normed = rows.add_norm(x, w.out(attended.flatten(1)), w.norms[1], eps)
-        return x, w.down(rows.gated_silu(w.gate_up(normed)))
+        return x, w.down(w.gated(normed))
 
     def _attend(self, q: torch.Tensor, kv: PagedKV, plan: Plan, only: LastLayer) -> torch.Tensor:
         if only.attention is None:
@@ -147,14 +166,14 @@ class _Layer:
     def native_parts(self) -> LayerParts | None:
         """Return the weights, if all products are compiled ones in bfloat16."""
         w = self._weights
-        products = [p for p in (w.qkv, w.out, w.gate_up, w.down) if isinstance(p, NativeLinear) and p.is_bfloat16]
-        if len(products) < 4:
+        products = [p for p in (w.qkv, w.out, w.gated, w.down) if isinstance(p, NativeLinear) and p.is_bfloat16]
+        if len(products) < 4 or not products[2].is_gated:
             return None
-        qkv, out, gate_up, down = products
-        return LayerParts(w.norms, qkv, w.head_norms, out, gate_up, down)
+        qkv, out, gated, down = products
+        return LayerParts(w.norms, qkv, w.head_norms, out, gated, down)
 
 
-def _small_step(config: ModelConfig, layers: list[_Layer], rows: RowOps) -> NativeStep | None:
+def _native_step(config: ModelConfig, layers: list[_Layer], rows: RowOps) -> NativeStep | None:
     """Return compiled code's way through all layers at once, None where parts of them are not compiled."""
     parts = [part for layer in layers if (part := layer.native_parts()) is not None]
     if not isinstance(rows, NativeRows) or len(parts) < len(layers):
@@ -185,7 +204,7 @@ class _Builder:
             if has_head_norms
             else None,
             out=self._linear(f"{attention}o_proj"),
-            gate_up=self._linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
+            gated=self._gated(f"{mlp}gate_proj", f"{mlp}up_proj"),
             down=self._linear(f"{mlp}down_proj"),
         )
         return _Layer(self._config, weights, self.rows)
@@ -199,10 +218,23 @@ class _Builder:
 
     def _linear(self, *names: str) -> Product:
         """Return one layer for matrices that share their input, stacked in this order."""
+        weight, bias = self._take(names)
+        return Int8Linear(weight, bias) if self._int8 else self._product(weight, bias)
+
+    def _gated(self, *names: str) -> Product:
+        """Return silu(gate) · up of two matrices."""
+        weight, bias = self._take(names)
+        if self._int8:
+            return GatedProduct(Int8Linear(weight, bias), self.rows)
+        gated = None
+        if self._parts is None and self._plan(weight).kind == "native":
+            gated = make_gated(weight, bias)
+        return gated or GatedProduct(self._product(weight, bias), self.rows)
+
+    def _take(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = self._weights.take(*(f"{name}.weight" for name in names))
         biases = [f"{name}.bias" for name in names]
-        bias = self._weights.take(*biases) if self._weights.has(biases[0]) else None
-        return Int8Linear(weight, bias) if self._int8 else self._product(weight, bias)
+        return weight, self._weights.take(*biases) if self._weights.has(biases[0]) else None
 
     def _product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         if self._parts is not None:
