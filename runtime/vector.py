@@ -18,7 +18,8 @@ class IntVector:
     def __init__(self, values: Sequence[int] | IntArray = (), capacity: int = 0) -> None:
         self._length = len(values)
         self._buffer: IntArray = np.empty(max(capacity, self._length), dtype=np.int32)
-        self._buffer[: self._length] = values
+        if self._length:
+            self._buffer[: self._length] = values
 
     def __len__(self) -> int:
         return self._length

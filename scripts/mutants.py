@@ -28,9 +28,14 @@ ENGINE = "engine.py"
 
 MUTANTS = (
     # ------------------------------------------------------------------------------------------ tree
-    Mutant("a twin's row is not rewritten", TREE, "            ours[differ] = theirs[differ]\n", ""),
-    Mutant("an adopted page is not held", TREE, "            self._allocator.hold(theirs[differ])\n", ""),
-    Mutant("a twin's own page is not given back", TREE, "            self._allocator.release(ours[differ])\n", ""),
+    Mutant("a twin's row is not rewritten", TREE, "        ours[:] = child.pages[: last - first]\n", ""),
+    Mutant("a twin's own page is not given back", TREE, "        self._allocator.release(ours.tolist())\n", ""),
+    Mutant(
+        "a page that its row goes on writing is not held by the tree",
+        TREE,
+        "            self._allocator.hold(pages[-1:])\n",
+        "            pass\n",
+    ),
     Mutant("a locked leaf is evicted", TREE, "not self.children and self.locks == 0", "not self.children"),
     Mutant("an inner node is evicted", TREE, "not self.children and self.locks == 0", "self.locks == 0"),
     Mutant(
@@ -41,14 +46,25 @@ MUTANTS = (
     ),
     Mutant("a leaf grows that another lease ends in", TREE, " or node.locks > locks_of_caller:", ":"),
     Mutant("the wrong straddling page is shared", TREE, "= leaf.pages[0]\n", "= leaf.pages[-1]\n"),
-    Mutant("a straddling page is dropped twice", TREE, "            self._hold(node.pages[-1:])\n", ""),
-    Mutant("a straddling page is never dropped", TREE, "            self._drop(old)\n", ""),
-    Mutant("a split page has one holder", TREE, "            self._hold(upper.pages[-1:])\n", "            pass\n"),
+    Mutant("a straddling page is dropped twice", TREE, "            self._allocator.hold(node.pages[-1:])\n", ""),
+    Mutant("a straddling page is never dropped", TREE, "            self._allocator.release([old])\n", ""),
+    Mutant(
+        "a split page has one holder",
+        TREE,
+        "            self._allocator.hold(upper.pages[-1:])\n",
+        "            pass\n",
+    ),
     Mutant(
         "a grown leaf keeps its old last page",
         TREE,
-        "len(node.pages) - (1 if position % size else 0)",
-        "len(node.pages)",
+        "            self._allocator.release([node.pages.pop()])\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a grown leaf never drops its old last page",
+        TREE,
+        "self._allocator.release([node.pages.pop()])",
+        "node.pages.pop()",
     ),
     Mutant(
         "the shallower page of two wins",
@@ -70,7 +86,18 @@ MUTANTS = (
         "            self.tree.unlock(lease.node)\n            lease",
         "            lease",
     ),
-    Mutant("shared pages are not held by the row", CACHE, "        self.allocator.hold(row.view())\n", ""),
+    Mutant(
+        "what the tree holds is the row's, too",
+        CACHE,
+        "return lease.published // self.page_size",
+        "return lease.matched // self.page_size",
+    ),
+    Mutant(
+        "a page that is half published is the tree's alone",
+        CACHE,
+        "return lease.published // self.page_size",
+        "return self.num_pages_for(lease.published)",
+    ),
     Mutant(
         "copy on write is forgotten",
         CACHE,
@@ -96,8 +123,13 @@ MUTANTS = (
         "        lease.is_released = True\n        self.tree.unlock(lease.node)\n",
         "        lease.is_released = True\n",
     ),
-    Mutant("a release forgets the pages", CACHE, "        self.allocator.release(lease.row.view())\n", ""),
-    Mutant("a page is freed while others hold it", ALLOCATOR, "extend(freed.tolist())", "extend(index.tolist())"),
+    Mutant(
+        "a release forgets the pages",
+        CACHE,
+        "        self.allocator.release(lease.row.view(self._num_in_tree(lease)).tolist())\n",
+        "",
+    ),
+    Mutant("a page is freed while others hold it", ALLOCATOR, "extend(freed)", "extend(pages)"),
     Mutant(
         "a page is free before the step retired",
         ALLOCATOR,

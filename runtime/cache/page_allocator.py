@@ -1,20 +1,23 @@
 """`PageAllocator`: the free pages, and how many holders each other page has.
 
-A page is held by every row (a running sequence's page table) and every tree node that names it. It is free exactly
-when nobody holds it: freeing happens in one place, `release`, and cannot happen while anybody still reads the page.
+A page is held by every tree node that names it and by the row (a running sequence's page table) that writes it. It is
+free exactly when nobody holds it: freeing happens in one place, `release`, and cannot happen while anybody still reads
+the page.
+
+Counts are Python integers in a list. A step of the model leaves nothing of numpy in the processor's caches, and its
+first call there costs 25 us; so long a loop over 500 pages takes, and most calls name one page or ten.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from bough.runtime.lifecycle import PageState
-from bough.runtime.vector import IntArray
 
 
 class PageAllocator:
@@ -29,7 +32,7 @@ class PageAllocator:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._limbo: deque[list[int]] = deque()  # one list for each step in flight, oldest first
-        self._holders: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
+        self._holders = [0] * num_pages
 
     @property
     def num_free(self) -> int:
@@ -48,26 +51,28 @@ class PageAllocator:
             return []
         pages = self._free[-count:]
         del self._free[-count:]
-        self._holders[pages] = 1
+        holders = self._holders
+        for page in pages:
+            holders[page] = 1
         return pages
 
-    def hold(self, pages: Sequence[int] | IntArray) -> None:
-        """Add a holder to each page (each named once)."""
-        if len(pages):
-            index = np.asarray(pages, dtype=np.int32)
-            assert (self._holders[index] > 0).all(), "a free page cannot get a second holder"
-            self._holders[index] += 1
+    def hold(self, pages: Iterable[int]) -> None:
+        """Add a holder to each page."""
+        holders = self._holders
+        for page in pages:
+            assert holders[page] > 0, "a free page cannot get a second holder"
+            holders[page] += 1
 
-    def release(self, pages: Sequence[int] | IntArray) -> IntArray:
-        """Take a holder from each page (each named once); return those that became free."""
-        index = np.asarray(pages, dtype=np.int32)
-        if not len(index):
-            return index
-        counts = self._holders[index] - 1
-        assert (counts >= 0).all(), "a page was released more often than it was held"
-        self._holders[index] = counts
-        freed: IntArray = index[counts == 0]
-        (self._limbo[-1] if self._limbo else self._free).extend(freed.tolist())
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """Take a holder from each page; return those that became free."""
+        holders = self._holders
+        freed: list[int] = []
+        for page in pages:
+            count = holders[page] = holders[page] - 1
+            assert count >= 0, "a page was released more often than it was held"
+            if not count:
+                freed.append(page)
+        (self._limbo[-1] if self._limbo else self._free).extend(freed)
         return freed
 
     def begin_step(self) -> None:
@@ -87,9 +92,9 @@ class PageAllocator:
 
     def holders(self) -> npt.NDArray[np.int32]:
         """Return a copy of the holder counts, (num_pages,), for checks."""
-        return self._holders.copy()
+        return np.array(self._holders, dtype=np.int32)
 
     def check(self) -> None:
         """Raise AssertionError unless the free list is exactly the pages without a holder, each once."""
         free = np.sort(np.asarray([*self._free, *chain(*self._limbo)], dtype=np.int64))
-        assert np.array_equal(free, np.flatnonzero(self._holders == 0)), "free list and holder counts disagree"
+        assert np.array_equal(free, np.flatnonzero(self.holders() == 0)), "free list and holder counts disagree"

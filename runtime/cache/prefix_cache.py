@@ -5,9 +5,9 @@
     publish   put computed tokens into the tree; twins are deduplicated, the row rewritten to the tree's pages
     release   give everything back, once
 
-A lease's row names one page per page index; each page of a row has the row as a holder, so no page can be freed while
-a row names it, whatever happens to the tree. A row writes only slots at or beyond `lease.published`, in pages it
-allocated itself::
+A lease's row names one page per page index. The full pages of what is published are the tree's: the lease's lock keeps
+them. The row holds the others, from the page where `lease.published` lies. So none is freed while a row names it.
+A row writes only slots at or beyond `lease.published`, in pages it allocated itself::
 
     positions   [0 ........ matched) [matched ....... published) [published ........ len(row) * page_size)
                  the tree's          ours, in the tree by now     ours alone, writable
@@ -95,18 +95,18 @@ class PrefixCache:
     ) -> Lease | None:
         node = self.tree.seal(match)
         self.tree.lock(node)
-        row = IntVector(capacity=self.num_pages_for(num_tokens) + 4)
-        self.tree.fill_row(node, row)
         shared = match.length // self.page_size
-        fresh = self._allocate(self.num_pages_for(num_tokens) - shared, headroom, used_until)
+        num_pages = self.num_pages_for(num_tokens)
+        fresh = self._allocate(num_pages - shared, headroom, used_until)
         if fresh is None:
             self.tree.unlock(node)
             return None
+        row = IntVector(capacity=num_pages + 4)
+        self.tree.fill_row(node, row)
         copy = None
         if match.length % self.page_size:  # the page where writing begins is the tree's: write into a copy
             copy = PageCopy(row[shared], fresh[0], match.length % self.page_size)
         row.truncate(shared)
-        self.allocator.hold(row.view())
         row.extend(fresh)
         return Lease(namespace, node, row, match.length, copy)
 
@@ -118,7 +118,8 @@ class PrefixCache:
         fresh = self._allocate(needed, headroom=0)
         if fresh is None:
             return False
-        lease.row.extend(fresh)
+        for page in fresh:  # one, most often
+            lease.row.append(page)
         return True
 
     def continuation(self, lease: Lease, tokens: IntArray, count: int) -> IntArray:
@@ -129,7 +130,7 @@ class PrefixCache:
         """Give back the pages of the row that `num_tokens` tokens do not need; nothing in them is published."""
         needed = self.num_pages_for(num_tokens)
         if needed < len(lease.row):
-            self.allocator.release(lease.row.view(needed))
+            self.allocator.release(lease.row.view(needed).tolist())
             lease.row.truncate(needed)
 
     def publish(self, lease: Lease, tokens: IntArray) -> None:
@@ -147,7 +148,7 @@ class PrefixCache:
         assert not lease.is_released, "a lease was released twice"
         lease.is_released = True
         self.tree.unlock(lease.node)
-        self.allocator.release(lease.row.view())
+        self.allocator.release(lease.row.view(self._num_in_tree(lease)).tolist())
         lease.row.truncate(0)
 
     def discard(self, namespace: Hashable, tokens: IntArray, keep: int) -> int:
@@ -166,6 +167,10 @@ class PrefixCache:
             self.num_evictions += self.tree.evict(missing, used_until)
         return self.allocator.allocate(count) if self.allocator.num_free >= count + headroom else None
 
+    def _num_in_tree(self, lease: Lease) -> int:
+        """Return how many pages of the row are full and published: the tree holds them, the row the others."""
+        return lease.published // self.page_size
+
     def check_invariants(self, leases: Iterable[Lease]) -> None:
         """Raise AssertionError unless holders, locks and the free list are what tree and leases say. O(everything)."""
         holders = np.zeros(self.num_pages, dtype=np.int32)
@@ -174,7 +179,13 @@ class PrefixCache:
             assert not lease.is_released, "a live sequence has a released lease"
             row = lease.row.view()
             assert len(np.unique(row)) == len(row), "a row names a page twice"
-            holders[row] += 1
+            num_in_tree = self._num_in_tree(lease)
+            holders[row[num_in_tree:]] += 1
+            path = IntVector()
+            self.tree.fill_row(lease.node, path)
+            assert np.array_equal(row[:num_in_tree], path.view(0, num_in_tree)), (
+                "a row names other full pages than its path"
+            )
             locks[id(lease.node)] = locks.get(id(lease.node), 0) + 1
         num_nodes = 0
         for node in self.tree.nodes():
@@ -187,7 +198,7 @@ class PrefixCache:
             assert len(node.pages) == pages, "an edge's pages do not cover its tokens"
             assert node.locks == locks.pop(id(node), 0), "lock count and leases disagree"
             assert node.in_heap or not node.is_evictable, "an evictable leaf is not on offer"
-            holders[node.pages] += 1
+            holders[np.asarray(node.pages)] += 1
         assert num_nodes == self.tree.num_nodes, "node count drifted"
         assert np.array_equal(holders, self.allocator.holders()), "holder counts and holders disagree"
         self.allocator.check()

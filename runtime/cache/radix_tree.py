@@ -9,7 +9,8 @@ node's page wins::
                              └─ b: [t6 t7 t8]           pages of b: P7 P8      P7 = copy of t4 t5, then t6 t7
 
 The tree holds its nodes' pages in the allocator (one holder per node and page) and never writes KV. A node may be
-locked; only a leaf without locks can be evicted, so a lock on a node protects the whole path above it in O(1).
+locked; only a leaf without locks can be evicted, so a lock on a node protects the whole path above it in O(1), and who
+has one need not hold the full pages of that path: where a page is full, no other copy of it takes its place.
 Each namespace is a root of its own: nothing matches across namespaces by construction.
 After SGLang's RadixAttention (Zheng et al. 2024, arXiv 2312.07104, section 3).
 """
@@ -17,11 +18,11 @@ After SGLang's RadixAttention (Zheng et al. 2024, arXiv 2312.07104, section 3).
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from bough.runtime.cache.page_allocator import PageAllocator
 from bough.runtime.vector import IntArray, IntVector, common_prefix
@@ -30,11 +31,14 @@ _EMPTY: IntArray = np.empty(0, dtype=np.int32)
 
 
 class Node:
-    """An edge of the tree. `end` is the length of the prefix that the path to this node spells."""
+    """An edge of the tree. `end` is the length of the prefix that the path to this node spells.
+
+    pages is an array of the standard library: it grows in place, and looping over it gives Python integers.
+    """
 
     __slots__ = ("children", "in_heap", "last_use", "locks", "pages", "parent", "start", "tokens")
 
-    def __init__(self, parent: Node | None, start: int, tokens: IntArray, pages: IntArray) -> None:
+    def __init__(self, parent: Node | None, start: int, tokens: IntArray, pages: array[int]) -> None:
         self.parent = parent
         self.start = start
         self.tokens = tokens
@@ -53,8 +57,7 @@ class Node:
         return self.parent is not None and not self.children and self.locks == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """The longest cached prefix of some tokens: the path from below the root, the last node used up to `length`."""
 
     root: Node
@@ -71,7 +74,6 @@ class RadixTree:
         self.version = 0  # grows when what can match changes
         self._allocator = allocator
         self._roots: dict[Hashable, Node] = {}
-        self._held: npt.NDArray[np.int32] = np.zeros(allocator.num_pages, dtype=np.int32)
         self._heap: list[tuple[int, int, Node]] = []  # (last_use, tie, node); stale entries are mended when popped
         self.clock = 0  # grows with every use
         self._tie = 0
@@ -82,12 +84,12 @@ class RadixTree:
         """Find the longest cached prefix of `tokens`; changes nothing but the time of last use."""
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node(None, 0, _EMPTY, _EMPTY)
+            root = self._roots[namespace] = Node(None, 0, _EMPTY, array("i"))
         self.clock += 1
         path: list[Node] = []
         node, position = root, 0
         while position < len(tokens):
-            child = node.children.get(int(tokens[position]))
+            child = node.children.get(tokens.item(position))
             if child is None:
                 break
             common = common_prefix(child.tokens, tokens[position:])
@@ -123,8 +125,8 @@ class RadixTree:
         return np.concatenate(found) if found else _EMPTY
 
     def num_cached_pages(self) -> int:
-        """Count the pages that some node names."""
-        return int(np.count_nonzero(self._held))
+        """Count the pages that some node names. O(pages)."""
+        return len({page for node in self.nodes() for page in node.pages})
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots, parents first."""
@@ -158,13 +160,14 @@ class RadixTree:
     def insert(self, node: Node, tokens: IntArray, row: IntVector) -> Node:
         """Add tokens[node.end:], whose KV lies in the pages of `row`, below `node`; return the node of the whole.
 
-        Where the tree already has a twin, the tree's pages win: full pages of the row are rewritten to them and the
-        row's own are released. The caller holds the only lock on `node`, or `node` is a root.
+        The row holds its pages from the one in which `node` ends, and gives up its hold on all that are full now: it
+        passes to the tree, or, where the tree already has a twin, the tree's pages win: the row is rewritten to them
+        and its own are released. The caller has a lock on `node` and moves it to the node returned.
         """
         self.clock += 1
         start, position = node, node.end
         while position < len(tokens):
-            child = node.children.get(int(tokens[position]))
+            child = node.children.get(tokens.item(position))
             if child is None:
                 self.version += 1
                 return self._append(node, tokens, row, locks_of_caller=1 if node is start else 0)
@@ -230,84 +233,71 @@ class RadixTree:
         size = self.page_size
         cut = node.start + length
         first = node.start // size
-        upper = Node(node.parent, node.start, node.tokens[:length].copy(), node.pages[: -(-cut // size) - first].copy())
+        upper = Node(node.parent, node.start, node.tokens[:length].copy(), node.pages[: -(-cut // size) - first])
         upper.last_use = node.last_use
         assert node.parent is not None, "a root has no edge to split"
-        node.parent.children[int(upper.tokens[0])] = upper
+        node.parent.children[upper.tokens.item(0)] = upper
         if cut % size:  # both parts name the page that holds the cut
-            self._hold(upper.pages[-1:])
-        node.pages = node.pages[cut // size - first :].copy()
+            self._allocator.hold(upper.pages[-1:])
+        node.pages = node.pages[cut // size - first :]
         node.tokens = node.tokens[length:].copy()
         node.start = cut
         node.parent = upper
-        upper.children[int(node.tokens[0])] = node
+        upper.children[node.tokens.item(0)] = node
         self.num_nodes += 1
         return upper
 
     def _append(self, node: Node, tokens: IntArray, row: IntVector, locks_of_caller: int) -> Node:
         """Put the rest of `tokens` below `node`: a longer edge if nobody else's lease ends there, else a new leaf."""
         size, position = self.page_size, node.end
-        pages = row.view(position // size, -(-len(tokens) // size))
+        pages = array("i", row.view(position // size, -(-len(tokens) // size)).tobytes())
+        if len(tokens) % size:  # the row goes on writing its last page; of the others its hold becomes the node's
+            self._allocator.hold(pages[-1:])
         if node.parent is None or node.children or node.locks > locks_of_caller:
-            leaf = Node(node, position, tokens[position:].copy(), pages.copy())
-            self._hold(leaf.pages)
+            leaf = Node(node, position, tokens[position:].copy(), pages)
             if node.parent is not None and not node.children:
                 self._share_straddling_page(node, leaf)
-            node.children[int(leaf.tokens[0])] = leaf
+            node.children[leaf.tokens.item(0)] = leaf
             self.num_nodes += 1
             leaf.last_use = self.clock
             self._offer(leaf)
             return leaf
-        kept = len(node.pages) - (1 if position % size else 0)
-        replaced = node.pages[kept:]
+        if position % size:
+            self._allocator.release([node.pages.pop()])
+        node.pages.extend(pages)
         node.tokens = np.concatenate((node.tokens, tokens[position:]))
-        self._hold(pages)
-        self._drop(replaced)
-        node.pages = np.concatenate((node.pages[:kept], pages))
         node.last_use = self.clock
         return node
 
     def _share_straddling_page(self, node: Node, leaf: Node) -> None:
         """Let `node` name its first child's copy of the page where they meet, so that no page is kept twice."""
         if node.end % self.page_size and node.pages[-1] != leaf.pages[0]:
-            old = node.pages[-1:].copy()
-            node.pages = node.pages.copy()
+            old = node.pages[-1]
             node.pages[-1] = leaf.pages[0]
-            self._hold(node.pages[-1:])
-            self._drop(old)
+            self._allocator.hold(node.pages[-1:])
+            self._allocator.release([old])
 
     def _adopt(self, child: Node, row: IntVector) -> None:
-        """Rewrite the row's full pages of `child`'s range to the tree's."""
+        """Rewrite the row's full pages of `child`'s range to the tree's, and release those that it had."""
         first, last = child.start // self.page_size, child.end // self.page_size
-        ours, theirs = row.view(first, last), child.pages[: last - first]
-        differ = np.flatnonzero(ours != theirs)
-        if len(differ):
-            self._allocator.hold(theirs[differ])
-            self._allocator.release(ours[differ])
-            ours[differ] = theirs[differ]
+        ours = row.view(first, last)
+        self._allocator.release(ours.tolist())
+        ours[:] = child.pages[: last - first]
 
     def _remove(self, node: Node) -> int:
         parent = node.parent
         assert parent is not None
-        del parent.children[int(node.tokens[0])]
+        del parent.children[node.tokens.item(0)]
         node.parent = None
         parent.last_use = max(parent.last_use, node.last_use)
         self.num_nodes -= 1
         self.version += 1
-        freed = self._drop(node.pages)
+        freed = self._allocator.release(node.pages)
         self._offer(parent)
-        return freed
+        return len(freed)
 
     def _offer(self, node: Node) -> None:
         if node.is_evictable and not node.in_heap:
             node.in_heap = True
             self._tie += 1
             heapq.heappush(self._heap, (node.last_use, self._tie, node))
-
-    def _hold(self, pages: IntArray) -> None:
-        self._allocator.hold(pages)
-        self._held[pages] += 1
-
-    def _drop(self, pages: IntArray) -> int:
-        self._held[pages] -= 1
-        return len(self._allocator.release(pages))

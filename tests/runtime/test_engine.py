@@ -755,7 +755,8 @@ def corrupt_tree(client: Client) -> None:
 
 
 def corrupt_holders(client: Client) -> None:
-    client.scheduler.cache.allocator._holders[:] = 0
+    holders = client.scheduler.cache.allocator._holders
+    holders[:] = [0] * len(holders)
 
 
 def corrupt_free_list(client: Client) -> None:
