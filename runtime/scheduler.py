@@ -214,7 +214,10 @@ class Scheduler:
     def _has_slots(self, sequence: Sequence) -> bool:
         """Reserve the slots of the tokens appended last, and of one that is drawn now."""
         assert sequence.lease is not None
-        return self.cache.reserve(sequence.lease, sequence.num_slots)
+        num_slots = sequence.num_slots
+        return num_slots <= len(sequence.lease.row) * self.cache.page_size or self.cache.reserve(
+            sequence.lease, num_slots
+        )
 
     def _can_decode(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
         """See to its slots, preempting newer sequences if need be."""

@@ -93,10 +93,12 @@ class PrefixCache:
     def _lease(
         self, namespace: Hashable, match: Match, num_tokens: int, headroom: int, used_until: int | None
     ) -> Lease | None:
-        node = self.tree.seal(match)
-        self.tree.lock(node)
         shared = match.length // self.page_size
         num_pages = self.num_pages_for(num_tokens)
+        if not self._may_have(num_pages - shared + headroom, used_until):
+            return None
+        node = self.tree.seal(match)
+        self.tree.lock(node)
         fresh = self._allocate(num_pages - shared, headroom, used_until)
         if fresh is None:
             self.tree.unlock(node)
@@ -161,6 +163,10 @@ class PrefixCache:
         """Drop every prefix that no lease needs; return how many pages became free."""
         return self.tree.evict(self.num_pages)
 
+    def _may_have(self, num_pages: int, used_until: int | None) -> bool:
+        """Whether it is worth trying: with a full pool, who waits asks in every step."""
+        return self.allocator.num_free >= num_pages or self.tree.has_leaves(used_until)
+
     def _allocate(self, count: int, headroom: int, used_until: int | None = None) -> list[int] | None:
         missing = count + headroom - self.allocator.num_free
         if missing > 0:
@@ -193,7 +199,7 @@ class PrefixCache:
             assert len(node.tokens) > 0, "an edge without tokens"
             assert node.parent is not None
             assert node.start == node.parent.end, "an edge does not start where its parent ends"
-            assert node.parent.children[int(node.tokens[0])] is node, "a child is filed under another token"
+            assert node.parent.children[node.tokens[0]] is node, "a child is filed under another token"
             pages = self.num_pages_for(node.end) - node.start // self.page_size
             assert len(node.pages) == pages, "an edge's pages do not cover its tokens"
             assert node.locks == locks.pop(id(node), 0), "lock count and leases disagree"

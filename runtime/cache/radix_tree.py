@@ -33,12 +33,12 @@ _EMPTY: IntArray = np.empty(0, dtype=np.int32)
 class Node:
     """An edge of the tree. `end` is the length of the prefix that the path to this node spells.
 
-    pages is an array of the standard library: it grows in place, and looping over it gives Python integers.
+    Both arrays are of the standard library: they grow in place, a slice is a copy, an item a Python integer.
     """
 
     __slots__ = ("children", "in_heap", "last_use", "locks", "pages", "parent", "start", "tokens")
 
-    def __init__(self, parent: Node | None, start: int, tokens: IntArray, pages: array[int]) -> None:
+    def __init__(self, parent: Node | None, start: int, tokens: array[int], pages: array[int]) -> None:
         self.parent = parent
         self.start = start
         self.tokens = tokens
@@ -51,6 +51,10 @@ class Node:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    def common(self, tokens: IntArray) -> int:
+        """Return with how many of `tokens` the edge begins."""
+        return common_prefix(np.frombuffer(self.tokens, dtype=np.int32), tokens)
 
     @property
     def is_evictable(self) -> bool:
@@ -84,7 +88,7 @@ class RadixTree:
         """Find the longest cached prefix of `tokens`; changes nothing but the time of last use."""
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node(None, 0, _EMPTY, array("i"))
+            root = self._roots[namespace] = Node(None, 0, array("i"), array("i"))
         self.clock += 1
         path: list[Node] = []
         node, position = root, 0
@@ -92,7 +96,7 @@ class RadixTree:
             child = node.children.get(tokens.item(position))
             if child is None:
                 break
-            common = common_prefix(child.tokens, tokens[position:])
+            common = child.common(tokens[position:])
             child.last_use = self.clock
             path.append(child)
             position += common
@@ -107,15 +111,15 @@ class RadixTree:
         Where several go on, what came last; empty if none does. Changes nothing, no time of use either.
         """
         position = node.end
-        found: list[IntArray] = []
+        found: list[array[int]] = []
         while count > 0 and node.children:
             if position < len(tokens):
-                child = node.children.get(int(tokens[position]))
+                child = node.children.get(tokens.item(position))
             else:
                 child = next(reversed(node.children.values()))
             if child is None:
                 break
-            common = common_prefix(child.tokens, tokens[position:])
+            common = child.common(tokens[position:])
             if common < min(len(child.tokens), len(tokens) - position):
                 break
             rest = child.tokens[common : common + count]
@@ -171,7 +175,7 @@ class RadixTree:
             if child is None:
                 self.version += 1
                 return self._append(node, tokens, row, locks_of_caller=1 if node is start else 0)
-            common = common_prefix(child.tokens, tokens[position:])
+            common = child.common(tokens[position:])
             if common < len(child.tokens):
                 child = self._split(child, common)
             self._adopt(child, row)
@@ -190,6 +194,10 @@ class RadixTree:
         node.last_use = self.clock
         self._offer(node)
 
+    def has_leaves(self, used_until: int | None = None) -> bool:
+        """Whether there may be something to evict that was last used until then: no entry's time is too late."""
+        return bool(self._heap) and (used_until is None or self._heap[0][0] <= used_until)
+
     def evict(self, num_pages: int, used_until: int | None = None) -> int:
         """Drop least recently used leaves until `num_pages` pages became free or nothing is left; return how many did.
 
@@ -197,7 +205,7 @@ class RadixTree:
         is put back when it surfaces, never searched for.
         """
         freed = 0
-        while freed < num_pages and self._heap:
+        while freed < num_pages and self.has_leaves(used_until):
             last_use, _, node = heapq.heappop(self._heap)
             node.in_heap = False
             if not node.is_evictable:
@@ -205,9 +213,6 @@ class RadixTree:
             if node.last_use != last_use:
                 self._offer(node)
                 continue
-            if used_until is not None and last_use > used_until:
-                self._offer(node)
-                break
             freed += self._remove(node)
         return freed
 
@@ -233,39 +238,39 @@ class RadixTree:
         size = self.page_size
         cut = node.start + length
         first = node.start // size
-        upper = Node(node.parent, node.start, node.tokens[:length].copy(), node.pages[: -(-cut // size) - first])
+        upper = Node(node.parent, node.start, node.tokens[:length], node.pages[: -(-cut // size) - first])
         upper.last_use = node.last_use
         assert node.parent is not None, "a root has no edge to split"
-        node.parent.children[upper.tokens.item(0)] = upper
+        node.parent.children[upper.tokens[0]] = upper
         if cut % size:  # both parts name the page that holds the cut
             self._allocator.hold(upper.pages[-1:])
         node.pages = node.pages[cut // size - first :]
-        node.tokens = node.tokens[length:].copy()
+        node.tokens = node.tokens[length:]
         node.start = cut
         node.parent = upper
-        upper.children[node.tokens.item(0)] = node
+        upper.children[node.tokens[0]] = node
         self.num_nodes += 1
         return upper
 
     def _append(self, node: Node, tokens: IntArray, row: IntVector, locks_of_caller: int) -> Node:
         """Put the rest of `tokens` below `node`: a longer edge if nobody else's lease ends there, else a new leaf."""
         size, position = self.page_size, node.end
+        added = array("i", tokens[position:].tobytes())
         pages = array("i", row.view(position // size, -(-len(tokens) // size)).tobytes())
         if len(tokens) % size:  # the row goes on writing its last page; of the others its hold becomes the node's
             self._allocator.hold(pages[-1:])
         if node.parent is None or node.children or node.locks > locks_of_caller:
-            leaf = Node(node, position, tokens[position:].copy(), pages)
+            leaf = Node(node, position, added, pages)
             if node.parent is not None and not node.children:
                 self._share_straddling_page(node, leaf)
-            node.children[leaf.tokens.item(0)] = leaf
+            node.children[added[0]] = leaf
             self.num_nodes += 1
             leaf.last_use = self.clock
-            self._offer(leaf)
             return leaf
         if position % size:
             self._allocator.release([node.pages.pop()])
         node.pages.extend(pages)
-        node.tokens = np.concatenate((node.tokens, tokens[position:]))
+        node.tokens.extend(added)
         node.last_use = self.clock
         return node
 
@@ -287,7 +292,7 @@ class RadixTree:
     def _remove(self, node: Node) -> int:
         parent = node.parent
         assert parent is not None
-        del parent.children[node.tokens.item(0)]
+        del parent.children[node.tokens[0]]
         node.parent = None
         parent.last_use = max(parent.last_use, node.last_use)
         self.num_nodes -= 1

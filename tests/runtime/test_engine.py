@@ -799,7 +799,7 @@ def test_a_plan_that_raises_heals_the_cache_instead_of_ending_the_loop(
     either.engine.step()
     either.engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(either.scheduler.cache, "reserve", lambda *args: 1 / 0)
+        patch.setattr(either.scheduler.cache.allocator, "begin_step", lambda: 1 / 0)
         either.engine.step()
     either.run()
     assert either.engine.stats()["rebuilds"] == 1
