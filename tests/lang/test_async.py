@@ -130,6 +130,32 @@ def test_every_read_has_an_awaitable_form() -> None:
     asyncio.run(main())
 
 
+def test_looking_ahead_and_editing_leave_the_loop_free() -> None:
+    backend = bo.ScriptedBackend(lambda text, params: f"{len(text)} words")
+
+    async def look(s: bo.State) -> str:
+        with pytest.raises(bo.InvalidRequest, match="does not tell the entropy"):
+            await s.aentropy()
+        ((likeliest, _, _),) = await s.apeek(1)
+        return likeliest
+
+    async def edit(s: bo.State) -> str:
+        await s.adrop(aside)
+        await s.areplace(page, "short ")
+        return await s.atext()
+
+    s = bo.State(backend)
+    s += "page: "
+    with s.checkpoint() as page:
+        s += "a long one "
+    with s.checkpoint() as aside:
+        s += "(by the way) "
+    so_far = len("page: a long one (by the way) ")
+    assert asyncio.run(while_it_waits(backend, look(s))) == str(so_far)
+    s += bo.gen("x")
+    assert asyncio.run(while_it_waits(backend, edit(s))) == f"page: short {so_far} words"
+
+
 def test_failures_are_raised_where_they_are_awaited() -> None:
     def fails(text: str, params: object) -> str:
         raise bo.ContextOverflow("full")

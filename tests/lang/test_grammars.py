@@ -28,10 +28,10 @@ from bough import (
     substring_of,
     until,
 )
+from bough.capture_reader import read
 from bough.grammar_facts import capture_names
 from bough.grammar_nodes import GrammarLike
 from bough.lark_source import JSON_STYLE
-from bough.matching import read
 
 
 def captures(grammar: Grammar, text: str) -> dict[str, Any] | None:

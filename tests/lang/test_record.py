@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from bough.errors import BoughError, ContextOverflow
-from bough.record import Ledger, Record
+from bough.ledger import Ledger
+from bough.record import Record
 from bough.runtime import protocol
 from bough.runtime.protocol import (
     Extend,
