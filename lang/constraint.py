@@ -161,7 +161,7 @@ def _unlimited(regex: str | None, json_schema: object, grammar: object, type: An
 
 
 def _of_regex(pattern: str) -> Constraint:
-    from bough.matching import check_regex
+    from bough.acceptor import check_regex
 
     check_regex(pattern, "regex")
     if not pattern:
@@ -170,10 +170,10 @@ def _of_regex(pattern: str) -> Constraint:
 
 
 def _of_grammar(given: object) -> Constraint:
+    from bough.acceptor import acceptor_of
     from bough.grammar_facts import capture_names
     from bough.grammar_nodes import Json, as_grammar
     from bough.grammars import lark
-    from bough.matching import acceptor_of
 
     grammar = lark(given) if isinstance(given, str) else as_grammar(given)
     acceptor_of(grammar)  # refused at once, not by the runtime

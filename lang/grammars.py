@@ -50,7 +50,7 @@ def rx(pattern: str) -> Grammar:
     The dialect is Rust's `regex` without look-around, word boundaries and back-references; `.` is any character but a
     newline, `\d` and `\w` know all scripts. Raises InvalidRequest naming what is wrong with the pattern.
     """
-    from bough.matching import check_regex
+    from bough.acceptor import check_regex
 
     check_regex(pattern, "rx")
     return Rx(pattern)
@@ -135,7 +135,7 @@ def lark(source: str) -> Grammar:
 
     Raises InvalidRequest naming line and reason.
     """
-    from bough.matching import check_lark
+    from bough.acceptor import check_lark
 
     check_lark(source)
     return Lark(source)

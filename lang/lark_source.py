@@ -233,7 +233,7 @@ def _is_empty(node: Grammar, empty: set[int]) -> bool:
     if isinstance(node, Lit):
         return not node.text
     if isinstance(node, Rx):
-        from bough.matching import acceptor_of
+        from bough.acceptor import acceptor_of
 
         return acceptor_of(node).accepts_nothing()
     if isinstance(node, (Until, Substring)):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Final
 
+from bough.acceptor import Acceptor, acceptor_of
 from bough.errors import InvalidRequest
 from bough.grammar_facts import walk
 from bough.grammar_nodes import Alt, Capture, Grammar, Lit, Repeat, Rule, Seq
-from bough.matching import Acceptor, acceptor_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -40,7 +40,7 @@ def schema_text(schema: object) -> str:
 
     Raises InvalidRequest naming what is wrong, or the keyword that cannot be kept to.
     """
-    from bough.matching import check_schema
+    from bough.acceptor import check_schema
 
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
         return Reading(schema).schema
@@ -73,7 +73,7 @@ class Reading:
 
     def __init__(self, type: Any) -> None:
         """Raises InvalidRequest naming the part of the type that has no JSON form."""
-        from bough.matching import check_schema
+        from bough.acceptor import check_schema
 
         self.type = type
         schema, self._decode = _of_msgspec(type) or _of_pydantic(type)

@@ -12,7 +12,7 @@ from bough.errors import BackendError
 from bough.runtime.protocol import FinishReason, Grammar, SamplingParams
 
 if TYPE_CHECKING:
-    from bough.matching import Acceptor
+    from bough.acceptor import Acceptor
 
 Reply: TypeAlias = "str | Callable[[str, Any], str]"
 Replies: TypeAlias = "Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[str, SamplingParams], str]"
@@ -91,7 +91,7 @@ def cut(reply: str, params: SamplingParams) -> tuple[str, FinishReason, str | No
 
 def check_reply(text: str, grammar: Grammar) -> Acceptor:
     """Return what reads the grammar. Raises BackendError if it excludes this reply, saying from where on."""
-    from bough.matching import acceptor_of_wire
+    from bough.acceptor import acceptor_of_wire
 
     grammar.check()
     acceptor = acceptor_of_wire(grammar)
