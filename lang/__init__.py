@@ -22,14 +22,16 @@ The map of this folder, each line a part and its files:
     who carries it out      interpreter.py turns pieces into primitives of a *backend* (backend.py), whose branches
                             it holds by lease.py
     the backends            the runtime over ZeroMQ (client.py, link.py, liveness.py; launch.py, life.py and process.py
-                            start one; recovery.py and record.py start another when it dies), a script (scripted.py,
-                            scripted_branch.py, script.py), an HTTP API (openai.py, openai_protocol.py,
-                            openai_answer.py, transcript.py, local_branches.py, capabilities.py)
+                            start one; recovery.py starts another when it dies, from what record.py, ledger.py and
+                            rebuild.py know), a script (scripted.py, scripted_branch.py, script.py), an HTTP API
+                            (openai.py, openai_protocol.py, openai_answer.py, transcript.py, local_branches.py,
+                            capabilities.py)
     going back, and ahead   checkpoint.py, check.py, travel.py; peek.py
     many branches           joins.py and race.py end them; search.py and searching.py try many
     what a gen is held to   constraint.py; grammars are values: grammars.py builds trees of grammar_nodes.py, and
                             grammar_facts.py knows what they hold; lark_source.py writes them for the runtime,
-                            matching.py reads texts against them, samples.py makes texts
+                            matching.py reads texts against them (acceptor.py, capture_reader.py), samples.py makes
+                            texts
     types                   typed.py, scalars.py, schemas.py; partial.py and growth.py while they are written, var.py
     tools                   tool_calling.py, tools.py, toolbox.py, tool_formats.py, tool_grammars.py
     thoughts                reasoning.py parts them from answers, thinking.py makes those that later context forgets

@@ -22,8 +22,9 @@ import msgspec
 
 from bough.backend import Delta
 from bough.errors import BoughError, RuntimeLost
+from bough.ledger import Ledger
 from bough.link import Entry, Link, check_process, encoded
-from bough.record import Ledger, Record
+from bough.record import Record
 from bough.runtime import protocol
 
 MAX_RESTARTS: Final = 3
