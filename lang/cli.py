@@ -17,13 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bough {bough.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model to programs of other processes",
-        description="Serve a model. Options that are not listed here are the runtime's: see python -m bough.runtime -h",
-    )
-    serve.add_argument("model", help='"pocket", a model folder, or a hub id')
-    serve.add_argument("--listen", required=True, metavar="ADDRESS", help="ipc:///path or tcp://host:port")
+    commands.add_parser("serve", add_help=False, help="serve a model to programs of other processes")
 
     run = commands.add_parser("run", help="run a program's file with a default backend")
     run.add_argument("--model", default="pocket", help='"pocket" (the default), a model folder, or a hub id')
@@ -38,20 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     options, rest = parser.parse_known_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)[1:]
     if options.command == "bench":
-        return _bench(list(sys.argv[1:] if argv is None else argv)[1:])
+        return _bench(given)
     if options.command == "serve":
-        return _serve(options.model, options.listen, rest)
+        return _serve(given)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return _run(options.file, options.args, options.model, options.address)
 
 
-def _serve(model: str, address: str, rest: Sequence[str]) -> int:
-    """Become the runtime: its exit status and signals are this command's."""
+def _serve(given: Sequence[str]) -> int:
+    """Become the runtime: its arguments, help, exit status and signals are this command's."""
     from bough.process import module_command
 
-    command = [*module_command(), model, "--listen", address, *rest]
+    command = [*module_command(), *given]
     sys.stdout.flush()
     os.execv(command[0], command)
 

@@ -188,6 +188,10 @@ class Interpreter:
         self._num_gens += 1
         return self.seeds.of_draw(self._path, self._num_gens)
 
+    def time_left(self) -> float | None:
+        """Return how many seconds the run has left, None if it has no end. Raises Timeout if that has passed."""
+        return self._time_left(None)
+
     def _time_left(self, timeout_s: float | None) -> float | None:
         """Return how long a call may take: its own timeout, within the run's. Raises Timeout if that has passed."""
         if self.deadline is None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from bough.crew import Crew
 from bough.errors import InvalidRequest, ToolError
 from bough.expressions import Expression, assistant, gen, role, system
+from bough.race import Deadline
 from bough.sampling import count
 from bough.tool_formats import (
     TOOL_FORMATS,
@@ -23,7 +26,7 @@ from bough.tool_formats import (
     text_calls,
 )
 from bough.tools import Tool, ToolCall, ToolResult, shown, tools_of
-from bough.waiting import current_body, running_loop, wait
+from bough.waiting import current_body, running_loop, until, wait, when_done
 
 if TYPE_CHECKING:
     from bough.grammar_nodes import Grammar
@@ -105,14 +108,16 @@ class Toolbox:
     ) -> list[ToolResult]:
         """Carry out calls beside each other; return their results in order.
 
-        state: has the results in its run's journal (see `State.recorded`), so that a replay needs no tools.
+        state: has the results in its run's journal (see `State.recorded`), so that a replay needs no tools; the run's
+        `timeout` bounds the calls: then Timeout is raised, an `async def` function is cancelled, and what another one
+        returns later is forgotten.
 
         A call of no tool, arguments that do not fit, or a function that raises: with on_error="feed" the result holds
         the ToolError and its text says it to the model; with "raise" the first one is raised, when all have ended.
         """
         if on_error not in ON_ERROR:
             raise InvalidRequest(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}", field="on_error")
-        results = self._call_all(calls) if state is None else self._recorded(state, calls)
+        results = self._call_all(calls, None) if state is None else self._recorded(state, calls)
         if on_error == "raise":
             for result in results:
                 if result.error is not None:
@@ -174,38 +179,46 @@ class Toolbox:
         results: list[ToolResult] = []
 
         def carry_out() -> list[dict[str, Any]]:
-            results.extend(self._call_all(calls))
+            results.extend(self._call_all(calls, state))
             return [_kept(result) for result in results]
 
         kept = state.recorded("tools", carry_out)
         return results or [_from_kept(call, result) for call, result in zip(calls, kept, strict=True)]
 
-    def _call_all(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+    def _call_all(self, calls: Sequence[ToolCall], state: State | None) -> list[ToolResult]:
         if not calls:
             return []
-        if len(calls) == 1 and current_body() is None and running_loop() is None:
+        left_s = None if state is None else state._interpreter.time_left()
+        if len(calls) == 1 and left_s is None and current_body() is None and running_loop() is None:
             return [self._call_one(calls[0])]
-        pool = ThreadPoolExecutor(min(len(calls), MAX_PARALLEL), thread_name_prefix="bough-tool")
+        crew = Crew(min(len(calls), MAX_PARALLEL))
+        clock = None if left_s is None else Deadline(left_s)
+        futures: list[Future[ToolResult]] = []
         try:
-            futures = [self._start(pool, call) for call in calls]
+            futures += [self._start(crew, call, left_s) for call in calls]
             for future in futures:  # the thread is given up meanwhile, where it is shared
-                wait(future)
+                _wait(future, clock)
+            if state is not None:
+                state._interpreter.time_left()  # a call that ended because the time was over has no result
             return [future.result() for future in futures]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if clock is not None:
+                clock.stop()
+            for future in futures:
+                future.cancel()
 
-    def _start(self, pool: ThreadPoolExecutor, call: ToolCall) -> Future[ToolResult]:
+    def _start(self, crew: Crew, call: ToolCall, left_s: float | None) -> Future[ToolResult]:
         tool, loop = self.tools.get(call.name), running_loop()
         if tool is not None and tool.is_async and loop is not None and current_body() is not None:
             return asyncio.run_coroutine_threadsafe(self._call_async(tool, call), loop)  # its own loop, as it expects
-        return pool.submit(contextvars.copy_context().run, self._call_one, call)
+        return crew.start(partial(contextvars.copy_context().run, self._call_one, call, left_s))
 
-    def _call_one(self, call: ToolCall) -> ToolResult:
+    def _call_one(self, call: ToolCall, left_s: float | None = None) -> ToolResult:
         try:
             tool, arguments = self._checked(call)
             value = tool.function(**arguments)
             if tool.is_async:
-                value = asyncio.run(value)
+                value = asyncio.run(_within(value, left_s))
         except Exception as raised:
             return _failed(call, raised)
         return ToolResult(call, shown(value), value)
@@ -229,6 +242,20 @@ class Toolbox:
 def _is_held(options: Mapping[str, Any]) -> bool:
     """Whether a turn's own options say already what it has to be."""
     return any(options.get(word) is not None for word in ("regex", "json_schema", "grammar", "type", "dtype"))
+
+
+async def _within(value: Awaitable[Any], seconds: float | None) -> Any:
+    """Await a tool, and cancel it once the run's time is over."""
+    return await asyncio.wait_for(value, seconds)
+
+
+def _wait(future: Future[ToolResult], clock: Deadline | None) -> None:
+    """Return once the future is done or the time is over."""
+    if clock is None:
+        wait(future)
+        return
+    while not future.done() and not clock.is_over:
+        until(partial(clock.or_over, partial(when_done, future)))
 
 
 def _failed(call: ToolCall, raised: Exception) -> ToolResult:

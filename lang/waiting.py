@@ -56,7 +56,7 @@ def wait(future: Future[Any]) -> None:
         _check_may_block(None)
         future.exception()
     else:
-        body.suspend(partial(_when_done, future))
+        body.suspend(partial(when_done, future))
 
 
 def until(subscribe: Subscribe, maker: AbstractEventLoop | None = None) -> None:
@@ -75,7 +75,7 @@ def until(subscribe: Subscribe, maker: AbstractEventLoop | None = None) -> None:
 async def wait_async(future: Future[Any]) -> None:
     """Return once the future is done, well or not, leaving the event loop free; a cancelled wait leaves it alone."""
     if not future.done():
-        await until_async(partial(_when_done, future))
+        await until_async(partial(when_done, future))
 
 
 async def until_async(subscribe: Subscribe) -> None:
@@ -103,7 +103,7 @@ def running_loop() -> AbstractEventLoop | None:
     return None if asyncio is None else asyncio._get_running_loop()
 
 
-def _when_done(future: Future[Any], call: Callable[[], None]) -> bool:
+def when_done(future: Future[Any], call: Callable[[], None]) -> bool:
     future.add_done_callback(lambda _: call())
     return True
 

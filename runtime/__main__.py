@@ -104,7 +104,9 @@ def _loading(options: argparse.Namespace, report: Callable[..., None]) -> Iterat
         report(phase="loading", text=text, is_line=is_line)
 
     try:
-        with Loading(Path(options.model).name, display.show if options.status_fd is None else tell) as loading:
+        with Loading(
+            Path(options.model).name or options.model, display.show if options.status_fd is None else tell
+        ) as loading:
             yield loading
     finally:
         display.erase()

@@ -7,7 +7,9 @@ the authenticated public key. A namespace is never taken from a message.
 from __future__ import annotations
 
 import os
+import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -29,7 +31,8 @@ class Endpoint:
 
         curve_secret: the server's secret certificate; curve_clients: a directory of the public certificates that may
         connect, both as written by `zmq.auth.create_certificates`.
-        Raises RequestError("invalid_request") for an address that would be open to others.
+        Raises RequestError("invalid_request") for an address that would be open to others, or where another runtime
+        listens already.
         """
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
@@ -40,15 +43,20 @@ class Endpoint:
         self.socket.set(zmq.RCVHWM, 1000)
         self.socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._is_curve = False
+        self._path: str | None = None  # of a bound ipc socket
         try:
             scheme = urlsplit(address).scheme
             if scheme == "ipc":
+                _refuse_keys(curve_secret, curve_clients)
                 _check_private(address.removeprefix("ipc://"))
+                _check_free(address.removeprefix("ipc://"))
             elif scheme == "tcp":
                 self._guard(address, curve_secret, curve_clients)
             else:
                 raise RequestError("invalid_request", f"listen must be ipc://PATH or tcp://HOST:PORT, got {address!r}")
             self._bind(address)
+            if scheme == "ipc":
+                self._path = os.path.abspath(address.removeprefix("ipc://"))
         except BaseException:
             self.close()
             raise
@@ -93,7 +101,11 @@ class Endpoint:
         return first.bytes, f"curve:{key}", [frame.bytes for frame in rest]
 
     def close(self) -> None:
-        """Close the socket; messages already sent are still delivered, for at most a second."""
+        """Close the socket; messages already sent are still delivered, for at most a second. An ipc path is removed."""
+        path, self._path = self._path, None
+        if path is not None:  # libzmq leaves it; while we listen it is ours alone
+            with suppress(OSError):
+                os.unlink(path)
         self.socket.close()
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -121,3 +133,32 @@ def _check_private(path: str) -> None:
             f"{directory} must belong to you and be closed to others (mode 0700, it has "
             f"{stat.S_IMODE(status.st_mode):04o}): whoever reaches the socket can use the runtime",
         )
+
+
+def _check_free(path: str) -> None:
+    """Raise if somebody listens at `path`: libzmq would put its own socket in the place of theirs without a word.
+
+    A socket that nobody listens at was left behind by a runtime that was killed; it is replaced.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a listener whose queue is full is one all the same
+        try:
+            probe.connect(os.path.abspath(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise RequestError("invalid_request", f"cannot listen on ipc://{path}: {error}") from None
+    raise RequestError(
+        "invalid_request", f"another runtime listens on ipc://{path} already: use it, or choose another address"
+    )
+
+
+def _refuse_keys(secret: Path | None, clients: Path | None) -> None:
+    """Raise for keys that would guard nothing."""
+    for name, value in (("--curve-secret", secret), ("--curve-clients", clients)):
+        if value is not None:
+            raise RequestError(
+                "invalid_request", f"{name} is for tcp://: who may use an ipc socket follows from its directory"
+            )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bough.runtime.config import SCHEDULE_POLICIES, RuntimeConfig
 from bough.runtime.grammar.limits import Limits
+from bough.runtime.protocol import RequestError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +84,13 @@ def _add_grammar_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace) -> RuntimeConfig:
-    """Return the settings of the loop."""
+    """Return the settings of the loop. Raises RequestError("invalid_request") for a number that cannot be."""
+    for name in ("page_size", "max_total_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise RequestError(
+                "invalid_request", f"{name} must be at least 1, got {value}", field=name, limit=1, value=value
+            )
     return RuntimeConfig(
         token_budget=options.token_budget,
         max_running=options.max_running,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from tiny_checkpoints import tiny_checkpoint
 
 import bough as bo
 from bough.process import module_command
+from bough.runtime.endpoint import Endpoint
+from bough.runtime.protocol import RequestError
 
 
 def refusal(*options: str) -> str:
@@ -45,6 +48,32 @@ def test_ipc_in_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> Non
 
 def test_an_address_of_another_kind_is_refused() -> None:
     assert "listen must be ipc://PATH or tcp://HOST:PORT" in refusal("--listen", "inproc://x")
+
+
+def test_keys_for_an_ipc_socket_are_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert "--curve-secret is for tcp://" in refusal("--listen", f"ipc://{tmp_path}/s", "--curve-secret", "x")
+
+
+def test_a_page_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert "page_size must be at least 1, got 0" in refusal("--listen", f"ipc://{tmp_path}/s", "--page-size", "0")
+
+
+def test_an_ipc_socket_at_which_somebody_listens_is_not_taken_away(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    address = f"ipc://{tmp_path}/s"
+    with Endpoint(address):
+        with pytest.raises(RequestError, match="another runtime listens on ipc"):
+            Endpoint(address)
+        assert (tmp_path / "s").is_socket()
+    assert not (tmp_path / "s").exists()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as killed:  # what a killed runtime leaves behind
+        killed.bind(str(tmp_path / "s"))
+        killed.listen()
+    assert (tmp_path / "s").is_socket()
+    with Endpoint(address) as endpoint:
+        assert endpoint.address == address
 
 
 class Keys:

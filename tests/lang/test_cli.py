@@ -12,6 +12,7 @@ from loopback import Loopback
 
 import bough as bo
 from bough import cli
+from bough.runtime.options import build_parser
 
 PROGRAM = """
 import sys
@@ -74,6 +75,18 @@ def test_serve_becomes_the_runtime_and_passes_its_options_on(monkeypatch: pytest
     cli.main(["serve", "pocket", "--listen", "ipc:///tmp/x", "--page-size", "8", "--no-radix-cache"])
     assert calls[0][0] == sys.executable
     assert calls[0][-6:] == ["pocket", "--listen", "ipc:///tmp/x", "--page-size", "8", "--no-radix-cache"]
+
+
+def test_the_help_of_serve_is_the_runtimes(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append(argv))
+    cli.main(["serve", "--help"])
+    assert calls[0][-3:] == ["-m", "bough.runtime", "--help"]
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(calls[0][-1:])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: bough serve ")
+    assert "--max-total-tokens N" in said
 
 
 def test_version(capsys: Any) -> None:

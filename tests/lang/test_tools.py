@@ -8,6 +8,7 @@ import enum
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import jsonschema
@@ -17,6 +18,7 @@ import pytest
 
 import bough as bo
 from bough import State
+from bough.crew import Crew
 from bough.tool_formats import template_calls, text_answer, text_calls
 from bough.toolbox import Toolbox
 
@@ -382,6 +384,69 @@ async def later(key: str) -> str:
 def test_an_async_tool_runs_in_a_plain_program() -> None:
     state = agent_of([later]).run("?", backend=bo.ScriptedBackend({"answer": ["Action: later[a]", "Answer: x"]}))
     assert state.ret_value.results[0].value.startswith("a in ")
+
+
+def test_a_tool_that_hangs_holds_up_no_run_for_longer_than_its_timeout() -> None:
+    over = threading.Event()
+
+    def hang(key: str) -> str:
+        over.wait()
+        return key
+
+    program, backend = agent_of([hang]), bo.ScriptedBackend(lambda *_: "Action: hang[a]")
+    try:
+        with pytest.raises(bo.Timeout, match="run's timeout"):
+            program.run("?", backend=backend, timeout=0.05)
+        with pytest.raises(bo.Timeout, match="run's timeout"):
+            asyncio.run(program.arun("?", backend=backend, timeout=0.05))
+        (state,) = program.run_batch([{"question": "?"}], backend=backend, timeout=0.05)
+        assert isinstance(state.error(), bo.Timeout)
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize("is_on_loop", [False, True])
+def test_an_async_tool_is_cancelled_when_the_runs_time_is_over(is_on_loop: bool) -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def hang(key: str) -> str:
+        begun.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return key
+
+    program, backend = agent_of([hang]), bo.ScriptedBackend(lambda *_: "Action: hang[a]")
+
+    async def on_loop() -> None:
+        with pytest.raises(bo.Timeout):
+            await program.arun("?", backend=backend, timeout=0.05)
+        while begun.is_set() and not cancelled.is_set():
+            await asyncio.sleep(0.001)
+
+    while not begun.is_set():  # a slow machine may use up the time before the call
+        if is_on_loop:
+            asyncio.run(on_loop())
+        else:
+            with pytest.raises(bo.Timeout):
+                program.run("?", backend=backend, timeout=0.05)
+    assert cancelled.wait(60)
+
+
+def test_a_crew_carries_out_in_order_and_leaves_out_what_was_cancelled() -> None:
+    crew, gate, met = Crew(1), threading.Event(), list[int]()
+    first = crew.start(lambda: gate.wait(60))
+    rest = [crew.start(partial(met.append, number)) for number in range(3)]
+    assert rest[1].cancel()
+    gate.set()
+    assert first.result(60)
+    for future in (rest[0], rest[2]):
+        future.result(60)
+    assert met == [0, 2]
+    with pytest.raises(ZeroDivisionError):
+        crew.start(lambda: 1 // 0).result(60)
 
 
 def test_an_async_program_awaits_its_tools_on_its_own_loop() -> None:
