@@ -20,7 +20,8 @@ def draw_kernel(
     is_block = block < NUM_BLOCKS
     largest = tl.load(block_max + row * NUM_BLOCKS + block, mask=is_block, other=float("-inf"))
     top = tl.max(largest, 0)
-    first = tl.min(tl.where(largest == top, block, BLOCK_B), 0)
+    # Within the row's blocks, too, where logits are no numbers and so none is the largest.
+    first = tl.minimum(tl.min(tl.where(largest == top, block, BLOCK_B), 0), NUM_BLOCKS - 1)
     token = tl.load(block_argmax + row * NUM_BLOCKS + first)
     if (tl.load(temperatures + row) > 0) & (top > float("-inf")):
         sums = tl.load(block_sum + row * NUM_BLOCKS + block, mask=is_block, other=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -93,3 +94,62 @@ def _numbers_as_on_a_gpu() -> None:
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_si_to_fp = create_si_to_fp
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bounds_as_on_a_gpu() -> Iterator[None]:
+    """Let every load and store that no mask keeps away lie in a tensor of the launch: elsewhere a GPU may fault.
+
+    The interpreter reads and writes the process's memory, whatever lies there.
+    """
+    if not IS_INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        check_bounds(patch, interpreter)
+        yield
+
+
+def check_bounds(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
+    """Have the interpreter raise IndexError for an access beyond the tensors given to the launch, views as they are."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    bounds: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        places = sorted((tensor.data_ptr(), tensor.data_ptr() + _span_bytes(tensor)) for tensor in tensors)
+        begins, ends = np.array(places, dtype=np.uint64).T
+        bounds.append((begins, np.maximum.accumulate(ends)))
+        try:
+            launch(self, *args, **kwargs)
+        finally:
+            bounds.pop()
+
+    def check(pointers: Any, mask: Any) -> None:
+        begins, ends = bounds[-1]
+        reached = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64)
+        place = np.searchsorted(begins, reached, side="right").astype(np.int64) - 1
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        if not ((place >= 0) & (reached + size <= ends[place])).all():
+            raise IndexError("a kernel reaches beyond the tensors it was given")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *others)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *others)
+
+    patch.setattr(executor, "__call__", launched)
+    patch.setattr(builder, "create_masked_load", checked_load)
+    patch.setattr(builder, "create_masked_store", checked_store)
+
+
+def _span_bytes(tensor: torch.Tensor) -> int:
+    if not tensor.numel():
+        return 0
+    return (sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.itemsize

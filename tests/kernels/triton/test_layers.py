@@ -185,3 +185,15 @@ def test_drawing_inverts_the_cumulative_distribution(vocab_size: int, device: to
     expected[3] = vocab_size - 1  # where the definition's own rounding may run past the end
     assert found.tolist() == expected.tolist()
     assert found.tolist()[8:] == [vocab_size - 1, 0, int(expected[10]), -1]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("num_blocks", [3, 16])
+def test_a_row_without_a_number_draws_nothing_and_reads_nothing_else(num_blocks: int, device: torch.device) -> None:
+    """16 blocks fill the kernel's tile of them; of 3, what lies beyond them is as large as nothing at all."""
+    logits = torch.full((2, num_blocks * BLOCK), torch.nan, device=device)
+    none, temperatures = torch.full((2,), -1, device=device).int(), torch.tensor([0.0, 1.0], device=device)
+    masks = torch.zeros(1, num_blocks * BLOCK // 32, device=device).int()
+    out, largest, total, argmax = prepare_logits(logits, masks, none, temperatures)
+    points = torch.full((2,), 0.5, dtype=torch.float64, device=device)
+    assert draw(out, largest, total, argmax, temperatures, points).tolist() == [-1, -1]
