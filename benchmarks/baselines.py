@@ -160,9 +160,12 @@ class ContinuousBatching:
             self._warm_up()
             self._ends_at = None if seconds is None else time.monotonic() + seconds
             reader.start()
-            return carry_out(trace, self._start)
-        finally:
-            self._manager.stop(block=True)
+            done = carry_out(trace, self._start)
+        except BaseException:
+            self._stop(at_once=True)
+            raise
+        self._stop()
+        return done
 
     def peak_bytes(self) -> int | None:
         """Return this process's peak."""
@@ -170,6 +173,11 @@ class ContinuousBatching:
 
     def close(self) -> None:
         """Nothing is left running: a run stops its manager."""
+
+    def _stop(self, *, at_once: bool = False) -> None:
+        """Wait until the manager has stopped: after it answered all that was asked, or at once where it can."""
+        knows = at_once and "hard_stop" in inspect.signature(self._manager.stop).parameters
+        self._manager.stop(block=True, **({"hard_stop": True} if knows else {}))
 
     def _warm_up(self) -> None:
         """Wait until the manager has its memory and answered once."""
@@ -191,8 +199,9 @@ class ContinuousBatching:
         while manager.is_running():
             result = manager.get_result(timeout=0.05)
             if self._ends_at is not None and time.monotonic() >= self._ends_at:
+                # Again and again: one more may be asked between two answers.
                 self._fail(f"not done: {len(self._open)} requests were left when its time was over")
-                return
+                continue
             if result is None:
                 if (error := manager.background_thread_status.fatal_error) is not None:
                     self._fail(f"continuous batching stopped: {error}")
@@ -209,9 +218,8 @@ class ContinuousBatching:
                 done.set_result(call)
 
     def _fail(self, message: str) -> None:
-        for _, done in self._open.values():
-            done.set_exception(RuntimeError(message))
-        self._open.clear()
+        for name in list(self._open):
+            self._open.pop(name)[1].set_exception(RuntimeError(message))
 
 
 def _load(model: Path) -> tuple[Any, Any]:
