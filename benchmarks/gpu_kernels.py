@@ -16,15 +16,16 @@ from gpu_report import Clock, Row
 
 from bough.kernels import reference
 from bough.kernels.attention import choose_attention
-from bough.kernels.calibration import calibrate
+from bough.kernels.calibration import calibrate, cooling
 from bough.kernels.cuda_attention import Capacity, Kernels, Launches, PlanBuffers, choose_kernels, plan_step, run
 from bough.kernels.draw import draw
+from bough.kernels.filtered_draw import draw_filtered
 from bough.kernels.gated_silu import gated_silu
 from bough.kernels.layout import PagedLayout
-from bough.kernels.logits import BLOCK, prepare_logits
+from bough.kernels.logits import BLOCK, penalise, prepare_logits
 from bough.kernels.paged_kv import PagedKV
 from bough.kernels.rms_norm import rms_norm
-from bough.kernels.rope import rotate_and_store
+from bough.kernels.rope import HeadNorm, rotate_and_store
 from bough.kernels.tree_costs import ESTIMATED, TreeCosts
 
 PAGE_SIZE = 16
@@ -47,19 +48,30 @@ def about(device: torch.device) -> Iterator[Row]:
     }  # fmt: skip
 
 
-def medians_us(works: dict[str, Callable[[], object]], device: torch.device, repetitions: int = 15) -> dict[str, float]:
-    """Return the median microseconds of each, measured in turn after two warm-up calls each."""
+def medians_us(
+    works: dict[str, Callable[[], object]], device: torch.device, repetitions: int = 15, *, cold: bool = False
+) -> dict[str, float]:
+    """Return the median microseconds of each, measured in turn after two warm-up calls each.
+
+    cold: with the second-level cache full of something else, as attention finds it in every layer of a step. A prefix
+    of 8,192 tokens of one layer, 34 MB, stays there from one repetition to the next otherwise.
+    """
     for work in works.values():
         work()
         work()
+    before = cooling(device) if cold else _nothing
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repetitions if device.type == "cuda" else 1):
         for name, work in works.items():
-            found[name].append(_timed_us(work, device))
+            found[name].append(_timed_us(work, device, before))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def _timed_us(work: Callable[[], object], device: torch.device) -> float:
+def _nothing() -> None:
+    pass
+
+
+def _timed_us(work: Callable[[], object], device: torch.device, before: Callable[[], object]) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()
         work()
@@ -67,6 +79,7 @@ def _timed_us(work: Callable[[], object], device: torch.device) -> float:
     cuda: Any = torch.cuda
     begin_event, end_event = (cuda.Event(enable_timing=True) for _ in range(2))
     cuda._sleep(4_000_000)  # some 2 ms, in which the host runs ahead: launches are not part of the time
+    before()
     begin_event.record()
     work()
     end_event.record()
@@ -168,7 +181,11 @@ def correctness(device: torch.device) -> dict[str, Run]:
         for dtype in dtypes:
             for what, error in _row_errors(dtype, device):
                 yield _checked(f"rows {what}", dtype, error)
-        yield {"kernel": "draw", "dtype": "float32"} | _verdict(_draw_error(device), 0.0)
+        for kv_dtype, limit in _quantised_limits(device):
+            name = {"kernel": f"head norms and {str(kv_dtype)[6:]} kv write", "dtype": str(dtypes[0])[6:]}
+            yield name | _verdict(_quantised_write_error(dtypes[0], kv_dtype, device), limit)
+        for what, error in _draw_errors(device):
+            yield {"kernel": what, "dtype": "float32"} | _verdict(error, 0.0)
 
     return {"rows": rows, **{name: partial(attention, cases) for name, cases in shapes.items()}}
 
@@ -255,16 +272,64 @@ def _attention_errors(
             yield f"{name} {num_heads}/{num_kv_heads}x{dim}{kind}{options} split={split}", _error(out, expected)
 
 
-def _draw_error(device: torch.device) -> float:
-    """Return how many rows drew another token than the definition."""
-    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(3)) * 3
+def _quantised_limits(device: torch.device) -> list[tuple[torch.dtype, float]]:
+    """Return the dtypes of 8 bits that this device writes, and a little more than one unit of each."""
+    if device.type != "cuda":
+        return [(torch.int8, 1e-2)]
+    has_fp8 = torch.cuda.get_device_capability(device) >= (8, 9)
+    return [(torch.int8, 1e-2), *([(torch.float8_e4m3fn, 8e-2)] if has_fp8 else [])]
+
+
+def _quantised_write_error(dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> float:
+    """Return how far queries, keys and values are off after head norms, rotation and a write as 8 bits."""
+    num_tokens, heads, kv_heads, dim = 5, 4, 2, 64
+    qkv = some(num_tokens, heads + 2 * kv_heads, dim, dtype=dtype, device=device)
+    q_weight = some(dim, dtype=dtype, device=device)
+    k_weight = q_weight.flip(0).contiguous()
+    angles = torch.rand(num_tokens, dim // 2, generator=torch.Generator().manual_seed(1))
+    places = torch.arange(num_tokens, dtype=torch.int32)
+    pages, scales = torch.zeros(1, PAGE_SIZE, kv_heads, dim), torch.zeros(1, PAGE_SIZE, kv_heads)
+    sides = [part.to(device) for part in (pages.to(kv_dtype), pages.to(kv_dtype), scales, scales.clone())]
+    kv = PagedKV(*sides)
+    tables = (angles.cos().to(device), angles.sin().to(device))
+    on_device = places.to(device)
+    norm = HeadNorm(q_weight, k_weight, 1e-6)
+    found = rotate_and_store(qkv.clone(), heads, kv, on_device, *tables, on_device, norm)
+    parts = torch.split(qkv.cpu(), [heads, kv_heads, kv_heads], dim=1)
+    normed = [reference.rms_norm(parts[i], (q_weight, k_weight)[i].cpu(), 1e-6)[1] for i in range(2)]
+    turned = reference.rotate(torch.cat(normed, dim=1), angles.cos(), angles.sin())
+    k, v = reference.dequantised(PagedKV(*(side.cpu() for side in sides)))
+    written = (k[0, :num_tokens], turned[:, heads:]), (v[0, :num_tokens], parts[2])
+    return max(_error(found, turned[:, :heads]), *(_error(here, meant) for here, meant in written))
+
+
+def _draw_errors(device: torch.device) -> Iterator[tuple[str, float]]:
+    """Compare penalties, draws and draws among filtered tokens: how many rows are other than the definition's."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(8, 3000, generator=generator) * 3
+    ids, counts = torch.arange(8 * 20, dtype=torch.int32) * 7, torch.arange(8 * 20, dtype=torch.int32) % 4 - 1
+    ones = torch.ones(8)
+    indptr, biases = torch.arange(9, dtype=torch.int32) * 20, torch.randn(8 * 20, generator=generator)
+    entries = (indptr, ids, counts, biases, 1.3 * ones, 0.2 * ones, 0.1 * ones)
+    changed = logits.clone().to(device)
+    penalise(changed, *(tensor.to(device) for tensor in entries))
+    expected = reference.penalise(logits, *entries)
+    yield "penalties", float(((changed.cpu() - expected).abs() > 1e-4).any(1).sum())
     temperatures = torch.tensor([0.0, 1.0] * 4)
     points = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     masks, rows = torch.full((1, 94), 0x55555555, dtype=torch.int32), torch.tensor([-1, 0] * 4, dtype=torch.int32)
-    expected = reference.draw(reference.prepare_logits(logits, masks, rows, temperatures), temperatures, points)
+    prepared = reference.prepare_logits(logits, masks, rows, temperatures)
     there = [tensor.to(device) for tensor in (logits, masks, rows, temperatures)]
     out, *blocks = prepare_logits(*there)
-    return float((draw(out, *blocks, there[3], points.to(device)).cpu() != expected).sum())  # type: ignore[call-arg]
+    tokens = draw(out, *blocks, there[3], points.to(device))  # type: ignore[call-arg]
+    yield "draw", float((tokens.cpu() != reference.draw(prepared, temperatures, points)).sum())
+    top_k = torch.tensor([3000, 5, 3000, 900, 1, 3000, 40, 3000], dtype=torch.int32)
+    top_p = torch.tensor([0.9, 2.0, 0.5, 0.99, 2.0, 2.0, 0.7, 1e-9], dtype=torch.float64)
+    min_p = torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.3, 0.01, 0.0])
+    every, *filters = (t.to(device) for t in (torch.arange(8, dtype=torch.int32), top_k, top_p, min_p, points, tokens))
+    draw_filtered(out, blocks[0], blocks[1], every, *filters)
+    expected = reference.draw_filtered(prepared, top_k, top_p, min_p, points)
+    yield "draw among filtered tokens", float((filters[-1].cpu() != expected).sum())
 
 
 # ------------------------------------------------------------------------------------------------ ceilings, kernels
@@ -285,8 +350,8 @@ def ceilings(device: torch.device, clock: Clock) -> Iterator[Row]:
 
 
 def copy_bandwidth(device: torch.device, tiny: bool) -> float:
-    """Return bytes per second, read and written, of a large copy."""
-    source = torch.zeros((1 << 20) if tiny else (4 << 30), dtype=torch.uint8, device=device)
+    """Return bytes per second, read and written, of a large copy; of random numbers, for zeros may travel faster."""
+    source = torch.empty((1 << 18) if tiny else (1 << 30), dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     us = medians_us({"copy": lambda: target.copy_(source)}, device)["copy"]
     return 2 * source.nbytes / us * 1e6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -32,15 +33,21 @@ def questions(device: torch.device, clock: Clock) -> Iterator[Row]:
     """Answer them one by one."""
     tiny = device.type == "cpu"
     decodes = [Case(2, 0, device, 80)] if tiny else [Case(width, 0, device, 8192) for width in (1, 8, 64)]
-    for ask in (_stages_and_indices, _programs):
-        for case in decodes:
-            if clock.is_out:
-                return
-            yield from ask(case)
+    asked: list[tuple[str, Callable[[], Row]]] = [
+        *(("stages", partial(_stages_and_indices, case)) for case in decodes),
+        *(("programs", partial(_programs, case)) for case in decodes),
+    ]
     if not tiny:
-        yield _launch_gap(device)
-        for width in (16, 64):
-            yield _two_streams(Case(width, 8192, device))
+        asked.append(("kernel in a graph", partial(_launch_gap, device)))
+        asked += (("streams", partial(_two_streams, width, device)) for width in (16, 64))
+    for question, ask in asked:
+        if clock.is_out:
+            return
+        try:
+            yield ask()
+        except Exception as error:  # it costs no other question its answer
+            traceback.print_exc()
+            yield {"question": question, "no": f"{type(error).__name__}: {error}"[:120]}
 
 
 def _kernels(case: Case) -> Kernels:
@@ -60,7 +67,7 @@ def _row(question: str, case: Case, times: dict[str, float]) -> Row:
             "best_tb_per_s": num_bytes / times[best] / 1e6}  # fmt: skip
 
 
-def _stages_and_indices(case: Case) -> Iterator[Row]:
+def _stages_and_indices(case: Case) -> Row:
     """Ask how deep loads should be ahead, and what carrying the next tile's pages gains."""
     kernels = _kernels(case)
     works = {}
@@ -68,7 +75,7 @@ def _stages_and_indices(case: Case) -> Iterator[Row]:
         deeper = replace(kernels, narrow=replace(kernels.narrow, num_stages=stages))
         works[f"stages {stages}"] = _work(case, deeper)
     works["pages in the loop"] = _in_loop(case, kernels)
-    yield _row("stages, and pages looked up in the loop", case, medians_us(works, case.device, 9))
+    return _row("stages, and pages looked up in the loop", case, medians_us(works, case.device, 9, cold=True))
 
 
 def _in_loop(case: Case, kernels: Kernels) -> Callable[[], object]:
@@ -94,12 +101,14 @@ def _in_loop(case: Case, kernels: Kernels) -> Callable[[], object]:
 
     expected = _work(case, kernels)()
     assert isinstance(expected, torch.Tensor)
-    if not torch.equal(work(), expected):
-        raise RuntimeError("the other order gives other numbers")
+    # Not bit by bit: compiled otherwise, products may sum in another order.
+    difference = float((work() - expected).abs().max() / expected.abs().max())
+    if not difference <= 2e-2:
+        raise RuntimeError(f"the other order gives other numbers, {difference:.3g} off")
     return work
 
 
-def _programs(case: Case) -> Iterator[Row]:
+def _programs(case: Case) -> Row:
     """Ask how many programs of the fixed grid a multiprocessor should have."""
     kernels = _kernels(case)
     num_sms = kernels.options.num_programs // kernels.narrow.per_sm
@@ -109,7 +118,7 @@ def _programs(case: Case) -> Iterator[Row]:
         )
         for k in (1, 2, 3, 4)
     }
-    yield _row("programs", case, medians_us(works, case.device, 9))
+    return _row("programs", case, medians_us(works, case.device, 9, cold=True))
 
 
 def _captured(work: Callable[[], object]) -> Callable[[], object]:
@@ -134,9 +143,10 @@ def _launch_gap(device: torch.device) -> Row:
     return {"question": "kernel in a graph", "us": medians_us({"graph": _captured(work)}, device)["graph"] / 1000}
 
 
-def _two_streams(case: Case) -> Row:
+def _two_streams(width: int, device: torch.device) -> Row:
     """Ask whether shared prefixes and tails should be computed side by side: the same kernels, in one graph each."""
     cuda: Any = torch.cuda
+    case = Case(width, 8192, device)
     kernels = _kernels(case)
     options, scale = kernels.options, case.kv.head_dim**-0.5
     buffers, launches = prepared(case.layout, kernels, case.heads, case.kv.head_dim, case.device)
@@ -163,4 +173,4 @@ def _two_streams(case: Case) -> Row:
         merge_partials(buffers.part_out, buffers.part_lse, buffers.merge_indptr, buffers.merge_indices, out)
 
     one = partial(run, case.q, case.kv, buffers, launches, kernels, scale, out)
-    return _row("streams", case, medians_us({"one": _captured(one), "two": _captured(two)}, case.device, 9))
+    return _row("streams", case, medians_us({"one": _captured(one), "two": _captured(two)}, case.device, 9, cold=True))

@@ -18,6 +18,7 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -40,7 +41,13 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 _GRACE_S: Final = 8.0  # a section that is out of time may still finish the row it is at
+_DRY_RUN_S: Final = 3600.0  # of each section and of all
 _OF_PEERS: Final = ("flashinfer", "peers", "peers flashinfer", "serving peer")
+_NEEDED: Final = ("msgspec", "llguidance", "safetensors")  # by the runtime: by whole steps and serving
+_WITHOUT: Final = (
+    "not installed: {missing}. Whole steps and serving will fail; kernels can be measured. Where there is a network, "
+    "`pip download --no-deps --only-binary=:all: -d {wheels} {missing}` for this machine's Python brings them along."
+)
 _COMPILERS: Final = ("gcc", "clang", "cc")
 
 
@@ -74,25 +81,31 @@ class Report:
     sections: dict[str, Row] = field(default_factory=dict)
 
     def write(self) -> None:
-        document = json.dumps({"environment": self.environment, "sections": self.sections}, indent=1) + "\n"
+        """Write the report where that can be done; what is no JSON, a NumPy number say, costs no other row."""
+        document = (
+            json.dumps({"environment": self.environment, "sections": self.sections}, indent=1, default=str) + "\n"
+        )
         for path in self.paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part")
-            unfinished.write_text(document)
-            os.replace(unfinished, path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_suffix(".part")
+                unfinished.write_text(document)
+                os.replace(unfinished, path)
+            except OSError as error:  # the other path, and what is printed, remain
+                print(f"{path} cannot be written: {error}", file=sys.stderr)
 
 
 class _Child:
     """A section in a process of its own."""
 
-    def __init__(self, section: Section, ends_at: float) -> None:
+    def __init__(self, section: Section, ends_at: float, num_together: int) -> None:
         context = multiprocessing.get_context("fork")  # torch is imported already, and no device is in use yet
         self.name = section.name
         self.begin = time.monotonic()
         soft = min(self.begin + section.seconds, ends_at)
         self.deadline = soft + _GRACE_S
         self.pipe, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_work, args=(section, Clock(soft), theirs), daemon=False)
+        self.process = context.Process(target=_work, args=(section, Clock(soft), theirs, num_together), daemon=False)
         self.process.start()
         theirs.close()
 
@@ -109,8 +122,13 @@ class _Child:
             self.process.kill()
 
 
-def _work(section: Section, clock: Clock, pipe: Connection) -> None:
+def _work(section: Section, clock: Clock, pipe: Connection, num_together: int) -> None:
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if num_together > 1:  # what is computed on the CPU, definitions above all, has these cores with the others
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_together))
     status = "done"
     try:
         for row in section.run(clock):
@@ -139,12 +157,27 @@ def run_sections(sections: Sequence[Section], report: Report, ends_at: float) ->
             report.sections |= {section.name: {"status": "not run: no time left", "rows": []} for section in group}
             report.write()
         else:
-            _run_together([_Child(section, ends_at) for section in group], report)
+            _run_together(group, report, ends_at)
 
 
-def _run_together(children: list[_Child], report: Report) -> None:
-    report.sections |= {child.name: {"status": "running", "rows": []} for child in children}
-    running = {child.pipe: child for child in children}
+def _run_together(group: Sequence[Section], report: Report, ends_at: float) -> None:
+    running: dict[Connection, _Child] = {}
+    try:
+        for section in group:
+            report.sections[section.name] = {"status": "running", "rows": []}
+            child = _Child(section, ends_at, len(group))
+            running[child.pipe] = child
+        _listen(running, report)
+    except KeyboardInterrupt:  # each is a session of its own: no signal to us ends them
+        for child in running.values():
+            child.kill()
+        for child in running.values():
+            _end(child, "stopped from outside", report)
+        raise
+
+
+def _listen(running: dict[Connection, _Child], report: Report) -> None:
+    """Take down what sections find until all have ended, or are out of time."""
     while running:
         patience = min(child.deadline for child in running.values()) - time.monotonic()
         for pipe in wait(list(running), max(0.0, patience)):
@@ -152,7 +185,7 @@ def _run_together(children: list[_Child], report: Report) -> None:
             child = running[pipe]
             try:
                 message: Row | str = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: it died while it told something
                 message = child.status_of_death()
             if isinstance(message, str):
                 del running[pipe]
@@ -192,22 +225,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run and not torch.version.cuda:
             print(f"PyTorch {torch.__version__} finds no CUDA device; see --dry-run", file=sys.stderr)
             return 2
-        environment = _environment() | {"c_compiler": compiler}
+        missing = [name for name in _NEEDED if not _is_here(name)]
+        if missing:
+            print(_WITHOUT.format(missing=" ".join(missing), wheels=options.wheels), file=sys.stderr, flush=True)
+        environment = _environment() | {"c_compiler": compiler, "missing": missing}
         name = f"{environment['date'][:10]}-gpu_report.json"
         paths = [options.out or ROOT / "benchmarks/results" / name]
         if os.environ.get("OUT"):
             paths.append(Path(os.environ["OUT"]) / name)
         report = Report(environment, paths)
         sections = _sections(torch.device("cpu" if options.dry_run else "cuda"), peers=not options.no_peers)
+        if options.dry_run:  # its figures mean nothing, and how busy the machine is says nothing of the code
+            sections = [replace(section, seconds=_DRY_RUN_S) for section in sections]
+        ends_at = begin + (_DRY_RUN_S if options.dry_run else options.seconds)
         only = tuple(options.only or ("",))
         chosen = [section for section in sections[1:] if section.name.startswith(only)]
-        run_sections(sections[:1], report, begin + options.seconds)
-        if report.sections["device"]["status"] == "done":  # else nothing could run
-            run_sections(chosen, report, begin + options.seconds)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            run_sections(sections[:1], report, ends_at)
+            if report.sections["device"]["status"] == "done":  # else nothing could run
+                run_sections(chosen, report, ends_at)
+        except KeyboardInterrupt:
+            print("stopped from outside: what follows is of the sections before", file=sys.stderr)
         from gpu_goals import summary
     print(f"\n{' '.join(map(str, paths))} · {time.monotonic() - begin:.0f} s\n{summary(report.sections)}")
+    if missing:
+        print(_WITHOUT.format(missing=" ".join(missing), wheels=options.wheels))
     wrong = [row for section in report.sections.values() for row in section["rows"] if row.get("right") is False]
-    return 1 if wrong or any(s["status"].startswith(("failed", "killed")) for s in report.sections.values()) else 0
+    ended_badly = ("failed", "killed", "stopped")
+    return 1 if wrong or any(s["status"].startswith(ended_badly) for s in report.sections.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,15 +278,16 @@ def _sections(device: Any, *, peers: bool) -> list[Section]:
     right = {name: run for name, run in gpu_kernels.correctness(device).items()}
     steps = gpu_steps.steps(device)
     found = [
-        Section("device", 20, lambda clock: gpu_kernels.about(device)),
+        Section("device", 30, lambda clock: gpu_kernels.about(device)),
         *(Section(f"correctness {name}", 75, run, "right") for name, run in right.items()),
+        Section("correctness steps", 75, lambda clock: gpu_serving.agreement(device, clock), "right"),
         # Beside them, since it may compile for a minute what later sections call.
         Section("flashinfer", 75, lambda clock: gpu_tree.flashinfer_kernels(device, clock), "right"),
         Section("ceilings", 12, lambda clock: gpu_kernels.ceilings(device, clock)),
         Section("tree", 40, lambda clock: gpu_tree.tree(device, clock)),
         *(Section(f"steps {name}", 60 if name == "8b" else 38, run) for name, run in steps.items()),
         Section("peers", 35, lambda clock: gpu_tree.peers(device, clock)),
-        Section("peers flashinfer", 30, lambda clock: gpu_tree.flashinfer_peers(device, clock)),
+        Section("peers flashinfer", 20, lambda clock: gpu_tree.flashinfer_peers(device, clock)),
         Section("prefill", 22, lambda clock: gpu_tree.prefill(device, peers, clock)),
         Section("serving", 45, lambda clock: gpu_serving.serving(device, clock)),
         Section("serving peer", 40, lambda clock: gpu_serving.peer(device, clock)),
@@ -279,6 +326,13 @@ def _make_importable(folder: Path, wheels: Path) -> None:
         for name in [name for name in sys.modules if name == "bough" or name.startswith("bough.")]:
             del sys.modules[name]
         sys.path.insert(0, str(folder))
+
+
+def _is_here(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 def _environment() -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ import traces
 from asks import Program, Trace
 from gpu_report import Clock, Row
 from gpu_steps import Shape, shape_of
+from gpu_tree import SHARE_ALL
 from models import VOCAB_SIZE
 
 _POOL_TOKENS: Final = 65_536
@@ -64,6 +66,35 @@ def serving(device: torch.device, clock: Clock) -> Iterator[Row]:
                 yield row | served.figures()
             except TimeoutError as error:
                 yield row | {"no": str(error)}
+            except Exception as error:  # it costs no other workload its figures
+                traceback.print_exc()
+                yield row | {"no": f"{type(error).__name__}: {error}"[:120]}
+
+
+def agreement(device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Tell whether steps that are captured, overlap and share what can be shared give the same tokens as others.
+
+    error: how many answers differ from those of single kernels, one step after another, each branch by itself. In
+    float32, where another order of the sums may choose another token of random weights once in some 100,000.
+    """
+    tiny = device.type == "cpu"
+    shape = Shape("tiny" if tiny else "small", device, 32 if tiny else 4096, torch.float32)
+    plain = shape.runner(graphs=False, share=False, costs=SHARE_ALL)
+    served = shape.runner(costs=SHARE_ALL)
+    for trace in workloads(tiny=True)[:1] if tiny else [traces.fork(24, 512, 16, 8), traces.control(12, 300, 24)]:
+        found = []
+        for runner, overlap in ((plain, False), (served, True)):
+            one = Served(runner, trace, overlap=overlap)
+            one.run(time.monotonic() + 600.0)
+            found.append(one.answers())
+            if clock.is_out:
+                return
+        wrong = sum(a[place] != b[place] for a, b in zip(*found, strict=True) for place in a)
+        limit, num_replays = 0.0 if tiny else 1.0, served.graphs.num_replays
+        yield {
+            "kernel": f"steps of {trace.name}", "dtype": "float32", "error": float(wrong), "limit": limit,
+            "right": wrong <= limit and num_replays > 0, "num_replays": num_replays,
+        }  # fmt: skip
 
 
 class Served:
@@ -80,6 +111,7 @@ class Served:
         self._vocab_size = runner.vocab_size
         self._trace = trace
         self._waiting = list(reversed(trace.programs))
+        self._begun: list[_Progress] = []
         self._running: dict[Any, tuple[_Progress, int]] = {}
         self._seconds = 0.0
 
@@ -87,15 +119,15 @@ class Served:
         """Carry the workload out. Raises TimeoutError if it is not done at `ends_at`, on the monotonic clock."""
         begin = time.perf_counter()
         for _ in range(min(self._trace.concurrency, len(self._waiting))):
-            self._submit(_Progress(self._waiting.pop()))
+            self._begin()
         self._pipeline.fill(self._scheduler)
         while self._pipeline:
             if time.monotonic() >= ends_at:
-                while self._pipeline:  # what is in flight must land before the pool is used again
-                    self._pipeline.take()
+                self._pipeline.abandon()  # what is in flight must land before the pool is used again
                 raise TimeoutError(f"not done: {len(self._running)} requests were left when its time was over")
             step, results = self._pipeline.take()
             if isinstance(results, Exception):
+                self._pipeline.abandon()
                 raise results
             done = [outcome.sequence for outcome in self._scheduler.commit(step, results) if _is_done(outcome.sequence)]
             for sequence in done:
@@ -116,6 +148,14 @@ class Served:
             "prompt": counters.prompt_tokens, "cached": counters.cached_tokens, "computed": counters.computed_tokens,
             "generated": counters.generated_tokens, "steps": counters.steps,
         }  # fmt: skip
+
+    def answers(self) -> list[dict[int, list[int]]]:
+        """Return each program's answers, by the place of the ask."""
+        return [progress.answers for progress in self._begun]
+
+    def _begin(self) -> None:
+        self._begun.append(_Progress(self._waiting.pop()))
+        self._submit(self._begun[-1])
 
     def _submit(self, progress: _Progress) -> None:
         from bough.runtime.protocol import SamplingParams
@@ -140,7 +180,7 @@ class Served:
         progress.answers[place] = [0] if sequence.params is None else list(sequence.generated)
         self._submit(progress)
         if len(progress.answers) == len(progress.program) and self._waiting:
-            self._submit(_Progress(self._waiting.pop()))
+            self._begin()
 
 
 class _Progress:

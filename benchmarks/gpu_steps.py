@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -39,16 +40,19 @@ class RandomWeights:
 
     def take(self, *names: str) -> torch.Tensor:
         shape = (sum(self._shapes[name][0] for name in names), *self._shapes[names[0]][1:])
+        if len(shape) == 1:  # of norms, near 1 in models that were trained: else nobody attends to anything
+            return torch.ones(shape, dtype=self.dtype, device=self._device)
         return torch.randn(shape, dtype=self.dtype, device=self._device) * 0.02
 
 
 def shape_of(name: str) -> Any:
-    """Return the configuration of Llama-3.2-1B, Llama-3.1-8B, or of something tiny."""
+    """Return the configuration of Llama-3.2-1B, Llama-3.1-8B, or of something small or tiny."""
     from bough.runtime.models.config import ModelConfig, RopeConfig
 
     hidden, layers, heads, kv_heads, dim, mlp, vocab = {
         "1b": (2048, 16, 32, 8, 64, 8192, 128_256),
         "8b": (4096, 32, 32, 8, 128, 14_336, 128_256),
+        "small": (512, 2, 8, 2, 64, 1024, 4096),
         "tiny": (64, 1, 4, 2, 16, 96, 320),
     }[name]
     return ModelConfig(
@@ -60,13 +64,13 @@ def shape_of(name: str) -> Any:
 class Shape:
     """A model of random weights and a pool of random keys, and runners on them."""
 
-    def __init__(self, name: str, device: torch.device, num_pages: int) -> None:
+    def __init__(self, name: str, device: torch.device, num_pages: int, dtype: torch.dtype = torch.bfloat16) -> None:
         from bough.runtime.cache.kv_pool import KVPool
         from bough.runtime.models.llama import DeviceParts, Llama
         from bough.runtime.models.weights import Weights
 
         self.name, self.device = name, device
-        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.dtype = torch.float32 if device.type == "cpu" else dtype
         self.config = config = shape_of(name)
         with torch.inference_mode():
             parts = DeviceParts(TritonRows(8192, device), None)
@@ -76,12 +80,12 @@ class Shape:
             for pages in (*self.pool.k, *self.pool.v):
                 pages.normal_()
 
-    def runner(self, *, graphs: bool = True, share: bool = True) -> Any:
+    def runner(self, *, graphs: bool = True, share: bool = True, costs: TreeCosts | None = None) -> Any:
         from bough.runtime.cuda.runner import CudaRunner
 
         attention = choose_attention(*self._heads, self.dtype, self.device, "triton", share=share)
         assert attention.kernels is not None
-        options = replace(attention.kernels.options, costs=self.costs)
+        options = replace(attention.kernels.options, costs=costs or self.costs)
         attention = replace(attention, kernels=replace(attention.kernels, options=options))
         return CudaRunner(self.model, self.pool, self.dtype, self.device, attention=attention, cuda_graphs=graphs)
 
@@ -184,23 +188,39 @@ def _steps(
         if clock.is_out:
             yield {"model": shape.name, "batch": width, "context": context, "no": "not run: no time left"}
             continue
-        times = _served_ms(runners, decode_batch(width, context, common))
-        for runner, ms in zip(runners, times, strict=True):
+        batch = decode_batch(width, context, common)
+        ready = []
+        for runner in runners:
+            reason = _failure(runner, batch)
+            if reason is None:
+                ready.append(runner)
+            else:
+                how = f"graphs={runner is not eager} share={runner is not unshared}"
+                yield {"model": shape.name, "batch": width, "context": context, "no": f"{how}: {reason}"}
+        for runner, ms in zip(ready, _served_ms(ready, batch), strict=True):
             yield row(width, context, common, runner, ms)
-        if number == 0:
+        if number == 0 and shared in ready:
             ms = _alone_ms(shared, extend_batch(*extend))
             floor_ms = shape.step_bytes(0) / bandwidth * 1e3
             yield {"model": shape.name, "cached": extend[0], "new": extend[1], "ms": ms, "floors": ms / floor_ms}
 
 
-def _served_ms(runners: Sequence[Any], batch: Any) -> list[float]:
-    """Return the median milliseconds of a step by each runner, in turn: of several in a row, two of them in flight."""
-    for runner in runners:  # compiles, captures, and replays once
+def _failure(runner: Any, batch: Any) -> str | None:
+    """Compile, capture, and replay once; return what is wrong with that, which costs no other runner its figures."""
+    try:
         for _ in range(3):
             runner.execute(batch)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"[:120]
+    return None
+
+
+def _served_ms(runners: Sequence[Any], batch: Any) -> list[float]:
+    """Return the median milliseconds of a step by each runner, in turn: of several in a row, two of them in flight."""
     counts = [_count_for(_alone_ms(runner, batch, repetitions=1)) for runner in runners]
     times: list[list[float]] = [[] for _ in runners]
-    for _ in range(1 if runners[0].device == "cpu" else _REPETITIONS):
+    for _ in range(1 if not runners or runners[0].device == "cpu" else _REPETITIONS):
         for runner, count, found in zip(runners, counts, times, strict=True):
             found.append(_in_a_row_ms(runner, batch, count))
     return [statistics.median(found) for found in times]

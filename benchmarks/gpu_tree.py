@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ _OWN = 128  # private tokens of each branch
 _MOST_COPY_BYTES = 20 << 30  # of KV gathered for a baseline that cannot read pages
 _HEADS, _TINY_HEADS = (32, 8, 128), (4, 2, 64)
 # With which everything is shared that can be, for comparison with what the planner chooses.
-_FREE = TreeCosts(0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
+SHARE_ALL = TreeCosts(0.0, 0.0, 0.1, 1.0, 0.0, 0.0)
 _FIRST = ((16, 8192), (64, 8192), (64, 32768))  # what the goals are about
 _GRID = tuple((width, prefix) for prefix in (8192, 1024, 32768) for width in (16, 64, 4, 256))
 _NOT_RUN: Row = {"no": "not run: no time left"}
@@ -89,20 +90,28 @@ def tree(device: torch.device, clock: Clock) -> Iterator[Row]:
         if clock.is_out:
             yield {"width": width, "prefix": prefix, **_NOT_RUN}
             continue
-        case = Case(width, prefix, device, 16 if tiny else _OWN)
-        works = {"tree": case.ours(share=True, costs=costs), "each": case.ours(share=False, costs=costs)}
-        if (width, prefix) in few:
-            works["shared"] = case.ours(share=True, costs=_FREE)
-        outputs = {name: _output(work) for name, work in works.items()}
-        times = medians_us(works, device, 9)
-        num_bytes = (prefix + width * case.own) * case.token_bytes
-        yield {
-            "width": width, "prefix": prefix, **{f"{name}_us": us for name, us in times.items()},
-            "each/tree": times["each"] / times["tree"], "is_shared": case.is_shared(costs),
-            "share_of_copy": num_bytes / times["tree"] * 1e6 / bandwidth,
-            "each_tb_per_s": width * (prefix + case.own) * case.token_bytes / times["each"] / 1e6,
-            **_checked(outputs["each"], outputs["tree"], "tree against each", case.dtype),
-        }  # fmt: skip
+        try:
+            yield _tree_row(Case(width, prefix, device, 16 if tiny else _OWN), costs, bandwidth, (width, prefix) in few)
+        except Exception as error:  # one that does not fit, say: the others can
+            traceback.print_exc()
+            yield {"width": width, "prefix": prefix, "no": f"{type(error).__name__}: {error}"[:120]}
+
+
+def _tree_row(case: Case, costs: TreeCosts, bandwidth: float, with_shared: bool) -> Row:
+    works = {"tree": case.ours(share=True, costs=costs), "each": case.ours(share=False, costs=costs)}
+    if with_shared:
+        works["shared"] = case.ours(share=True, costs=SHARE_ALL)
+    outputs = {name: _output(work) for name, work in works.items()}
+    times = medians_us(works, case.device, 9, cold=True)
+    width, prefix = case.width, case.prefix
+    num_bytes = (prefix + width * case.own) * case.token_bytes
+    return {
+        "width": width, "prefix": prefix, **{f"{name}_us": us for name, us in times.items()},
+        "each/tree": times["each"] / times["tree"], "is_shared": case.is_shared(costs),
+        "share_of_copy": num_bytes / times["tree"] * 1e6 / bandwidth,
+        "each_tb_per_s": width * (prefix + case.own) * case.token_bytes / times["each"] / 1e6,
+        **_checked(outputs["each"], outputs["tree"], "tree against each", case.dtype),
+    }  # fmt: skip
 
 
 def _checked(found: torch.Tensor, expected: torch.Tensor, kernel: str, dtype: torch.dtype) -> Row:
@@ -149,7 +158,7 @@ def _against(name: str, make: MakePeer, width: int, prefix: int, device: torch.d
     works = {"tree": case.ours(share=True), name: make(case.q, case.kv, case.layout)}
     outputs = {name: _output(work) for name, work in works.items()}
     difference = (outputs[name].view_as(outputs["tree"]) - outputs["tree"]).abs().max()
-    times = medians_us(works, device, 7)
+    times = medians_us(works, device, 7, cold=True)
     return {
         "error": float(difference / outputs["tree"].abs().max()),
         **{f"{name}_us": us for name, us in times.items()}, f"{name}/tree": times[name] / times["tree"],

@@ -10,17 +10,27 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import baselines
+import gpu_kernels
+import gpu_questions
 import gpu_report
 import gpu_serving
+import gpu_steps
 import gpu_tree
+import traces
 from gpu_goals import GOALS, summary, verdicts
 from gpu_report import Clock, Report, Row, Section, run_sections
 from gpu_steps import extend_batch
@@ -80,6 +90,136 @@ def test_a_section_that_fails_breaks_or_hangs_costs_no_other(tmp_path: Path, mon
             "late": ("not run: no time left", []),
         }
     )
+
+
+def odd(clock: Clock) -> Iterator[Row]:
+    yield {"us": np.float32(1.5)}
+
+
+def test_what_is_no_json_and_a_path_that_cannot_be_written_cost_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    report = Report({}, [tmp_path / "file" / "report.json", tmp_path / "report.json"])
+    run_sections([Section("odd", 60, odd), Section("long", 60, long)], report, time.monotonic() + 600)
+    assert written(report.paths[1]) == {"odd": ("done", [{"us": "1.5"}]), "long": ("done", [{"is_out": False}])}
+
+
+class Interrupted(Report):
+    """A report that a signal stops when all that runs has told something."""
+
+    def write(self) -> None:
+        super().write()
+        if all(section["rows"] and section["status"] == "running" for section in self.sections.values()):
+            raise KeyboardInterrupt
+
+
+def endless(clock: Clock) -> Iterator[Row]:
+    yield {"pid": os.getpid()}
+    yield from hanging(clock)
+
+
+def test_a_stop_from_outside_ends_what_runs_and_leaves_what_was_found(tmp_path: Path) -> None:
+    """Each section is a session of its own, so no signal to the report would end it."""
+    report = Interrupted({}, [tmp_path / "report.json"])
+    together = [Section(name, 600, endless, "side by side") for name in ("one", "two")]
+    with pytest.raises(KeyboardInterrupt):
+        run_sections(together, report, time.monotonic() + 600)
+    for status, rows in written(tmp_path / "report.json").values():
+        assert status == "stopped from outside"
+        with pytest.raises(ProcessLookupError):
+            os.kill(rows[0]["pid"], 0)
+
+
+class Event:
+    """A CUDA event that notes when it is recorded."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.log.append("event")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.25
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_attention_is_timed_with_a_cache_that_holds_something_else(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
+    """The cache is filled between the head start of the host and the first event, by reading: see `cooling`."""
+    monkeypatch.setattr(Event, "log", log := [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(gpu_kernels, "cooling", lambda device: lambda: log.append("other"))
+    works: dict[str, Callable[[], object]] = {name: partial(log.append, name) for name in ("tree", "each")}
+    found = gpu_kernels.medians_us(works, torch.device("cuda"), 2, cold=cold)
+    assert found == {"tree": 250.0, "each": 250.0}
+    other = ["other"] if cold else []
+    timed = [["sleep", *other, "event", name, "event", "wait"] for name in ("tree", "each", "tree", "each")]
+    assert log == ["tree", "tree", "each", "each", *chain(*timed)]
+
+
+def test_a_question_without_an_answer_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered(case: object) -> Row:
+        raise RuntimeError("the text has changed")
+
+    monkeypatch.setattr(gpu_questions, "_stages_and_indices", unanswered)
+    monkeypatch.setattr(gpu_questions, "_programs", lambda case: {"question": "programs", "us": 1.0})
+    monkeypatch.setattr(gpu_questions, "Case", lambda *shape: shape)
+    assert list(gpu_questions.questions(torch.device("cpu"), Clock(time.monotonic() + 600))) == [
+        {"question": "stages", "no": "RuntimeError: the text has changed"},
+        {"question": "programs", "us": 1.0},
+    ]
+
+
+class Failing:
+    """A runner whose graphs cannot be captured."""
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_runner_that_fails_costs_no_other_its_figures() -> None:
+    assert gpu_steps._failure(Instant(), Batch(())) is None
+    assert gpu_steps._failure(Failing(), Batch(())) == "RuntimeError: operation not permitted when stream is capturing"
+    assert gpu_steps._served_ms([], Batch(())) == []
+
+
+class Unanswering:
+    """A manager of continuous batching that answers the first request only, to warm up."""
+
+    def __init__(self) -> None:
+        self.stopped: dict[str, bool] = {}
+        self._is_warm = False
+
+    def start(self) -> None:
+        pass
+
+    def add_request(self, prompt: list[int], **options: object) -> None:
+        pass
+
+    def get_result(self, timeout: float) -> Any:
+        is_first, self._is_warm = not self._is_warm, True
+        return SimpleNamespace(is_finished=lambda: True) if is_first else None
+
+    def is_running(self) -> bool:
+        return not self.stopped
+
+    def stop(self, block: bool, hard_stop: bool = False) -> None:
+        self.stopped = {"block": block, "hard_stop": hard_stop}
+
+
+def test_a_peer_that_is_out_of_time_stops_at_once() -> None:
+    """Stopped as usual it would first answer all that it was asked, in the next workload's time."""
+    manager = Unanswering()
+    network = SimpleNamespace(init_continuous_batching=lambda generation, config: manager)
+    peer = baselines.ContinuousBatching((torch, network), pool_tokens=1024)
+    with pytest.raises(RuntimeError, match="requests were left when its time was over"):
+        peer.run(traces.fork(1, 0, 4, 2), seconds=0.0)
+    assert manager.stopped == {"block": True, "hard_stop": True}
 
 
 def goal_sections(factor: float) -> dict[str, Row]:
@@ -256,6 +396,23 @@ def carried_wheel(folder: Path, package: str) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton on this platform")
+def test_without_the_runtimes_packages_kernels_are_reported_and_what_is_missing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BARE.format(names=set(LACKING)))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    path = tmp_path / "report.json"
+    command = [sys.executable, "gpu_report.py", "--dry-run", "--wheels", str(tmp_path / "none"), "--out", str(path)]
+    command += ["--only", "ceilings", "serving"]
+    result = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
+    document = json.loads(path.read_text())
+    assert document["environment"]["missing"] == ["msgspec", "llguidance", "safetensors"]
+    found = {name: section["status"].split(":")[0] for name, section in document["sections"].items()}
+    assert found == {"device": "done", "ceilings": "done", "serving": "failed", "serving peer": "done"}
+    for told in (result.stdout.splitlines()[-1], result.stderr.splitlines()[0]):
+        assert told.startswith("not installed: msgspec llguidance safetensors. Whole steps and serving will fail")
+    assert result.returncode == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton on this platform")
 def test_a_dry_run_needs_nothing_but_torch_triton_numpy_and_wheels(tmp_path: Path) -> None:
     """Every kernel is right and a fork is served from the cache, in a process that finds no other package.
 
@@ -270,9 +427,10 @@ def test_a_dry_run_needs_nothing_but_torch_triton_numpy_and_wheels(tmp_path: Pat
     result = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     sections = json.loads(path.read_text())["sections"]
-    parts = ["device", "correctness rows", "correctness attention", "correctness keys", "flashinfer", "ceilings"]
-    parts += ["tree", "steps tiny", "peers", "peers flashinfer", "prefill", "serving", "serving peer", "questions"]
-    assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys([*parts, "kernels"], "done")
+    parts = ["device", "correctness rows", "correctness attention", "correctness keys", "correctness steps"]
+    parts += ["flashinfer", "ceilings", "tree", "steps tiny", "peers", "peers flashinfer", "prefill", "serving"]
+    parts += ["serving peer", "questions", "kernels"]
+    assert {name: section["status"] for name, section in sections.items()} == dict.fromkeys(parts, "done")
     checks = [row["right"] for section in sections.values() for row in section["rows"] if "right" in row]
     assert len(checks) >= 10
     assert all(checks)
