@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Convert: TypeAlias = Callable[[Any, Sequence[protocol.Buffer]], Any]
 
-HIGH_WATER_MARK: Final = 1000  # messages in ZeroMQ's own queues; what exceeds it waits in the outbox
+HIGH_WATER_MARK: Final = 1000  # messages in ZeroMQ's own queue for sending; what exceeds it waits in the outbox
 MAX_OUTBOX: Final = 100_000
 MAX_FAILURES: Final = 4096  # failed operations remembered, to name the cause of what fails after them
 LINGER_MS: Final = 200
@@ -207,9 +207,12 @@ class Link:
         dealer: zmq.Socket[Any] = context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        dealer.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        # What has arrived must be readable after the other end has closed the connection, as a runtime does that was
+        # told to end. So ZeroMQ's queue for reading has no bound (the runtime's credit is one), for while it is full
+        # ZeroMQ reads no further; and IMMEDIATE stays 0, with which a lost connection takes all its unread messages
+        # along, and fails an assertion if it does so between two frames of one.
+        dealer.setsockopt(zmq.RCVHWM, 0)
         dealer.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_FRAME_BYTES)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a runtime that is not there
         if self._keys is not None:
             dealer.curve_serverkey = self._keys.server_public.encode()
             dealer.curve_publickey = self._keys.public.encode()

@@ -142,10 +142,10 @@ class Server:
                 return
 
     def _patience(self, did_run: bool) -> float:
-        if self._unsent:
-            return _BLOCKED_S
         if self._engine.has_work:
             return 0.0 if did_run else _BLOCKED_S
+        if self._unsent:  # looked at after every step, too: whoever reads nothing delays nobody else
+            return _BLOCKED_S
         if self._engine.num_compiling:
             return _COMPILING_S
         deadline = self._engine.next_deadline()
@@ -266,6 +266,9 @@ class Server:
         if self._engine.num_unfinished and now < self._drain_until:
             return
         self._engine.end_drains()
+        self._flush()
+        if self._unsent and now < self._drain_until:  # whoever is behind with reading has not got all of its replies
+            return
         for session in list(self._sessions.values()):
             self._engine.close(session)
         self._flush()

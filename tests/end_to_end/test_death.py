@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from peers import Peer
 from processes import Served, end, is_running, python, socket_folder, wait_until, within
 from tiny_checkpoints import tiny_checkpoint
 
 import bough as bo
+from bough.runtime import protocol
 from bough.runtime.protocol import SamplingParams, Text
 
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "temperature": 1.0}
-NOTICE_S = 3.0
+NOTICE_S = 10.0
 
 
 @bo.function
@@ -118,33 +120,75 @@ def test_no_runtime_outlives_a_parent_that_is_killed() -> None:
 
 
 def test_sigterm_finishes_what_runs_and_refuses_what_is_new() -> None:
-    with Served(tiny_checkpoint(), "--max-total-tokens", "1024") as served, served.client() as client:
-        branch = client.open()
-        client.extend(branch, [Text("tree " * 20)])
-        arrived = threading.Event()
-        running = client.generate(
-            branch, SamplingParams(max_tokens=200, ignore_eos=True), on_delta=lambda text: arrived.set()
-        )
-        assert arrived.wait(20)
-        served.process.send_signal(signal.SIGTERM)
-
-        def is_refused() -> bool:
-            late = client.open()
-            client.extend(late, [Text("tree")])
-            failure = client.generate(late, SamplingParams(max_tokens=1)).exception(20)
-            assert failure is None or isinstance(failure, bo.Overloaded), failure
-            return failure is not None
-
-        wait_until(is_refused, 10, "new work is refused")
-        done = running.result(20)
-        assert (done.finish_reason, len(done.token_ids)) == ("length", 200)
+    credit = 16  # so that the generation goes on no further than it is read
+    with Served(tiny_checkpoint(), "--credit", str(credit)) as served, served.client() as client:
+        with Peer(served.address) as reader:
+            reader.hello()
+            reader.request(protocol.Open(2, 1))
+            reader.request(protocol.Extend(3, 1, [Text("tree")]))
+            params = SamplingParams(max_tokens=credit + 40, ignore_eos=True)
+            reader.request(protocol.Generate(4, 1, params, stream=True))
+            while not isinstance(reader.reply(20), protocol.Delta):
+                pass
+            served.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_refused(client), 20, "new work is refused")
+            reader.request(protocol.Credit(4, credit))
+            while not isinstance(done := reader.reply(20), protocol.Generated):
+                assert isinstance(done, protocol.Delta)
+                reader.request(protocol.Credit(4, credit))
+        assert (done.finish_reason, done.usage.completion_tokens) == ("length", credit + 40)
         assert served.process.wait(10) == 0
+
+
+def is_refused(client: bo.RuntimeClient) -> bool:
+    late = client.open()
+    client.extend(late, [Text("tree")])
+    failure = client.generate(late, SamplingParams(max_tokens=1)).exception(20)
+    assert failure is None or isinstance(failure, bo.Overloaded), failure
+    return failure is not None
+
+
+SLOW_READER = """
+import sys
+import bough as bo
+from bough.runtime.protocol import SamplingParams, Text
+with bo.RuntimeClient(sys.argv[1]) as client:
+    branch = client.open()
+    client.extend(branch, [Text("Once upon a time")])
+    chunks = []
+    def note(delta):
+        if not chunks:
+            print("begun", flush=True)
+        chunks.append(delta.text)
+    running = client.generate(branch, SamplingParams(max_tokens=2500, ignore_eos=True, logprobs=20), on_delta=note)
+    done = running.result(60)
+    print(len(done.token_ids), "".join(chunks) == done.text, flush=True)
+"""
+
+
+def test_a_runtime_that_is_told_to_end_delivers_what_a_slow_client_has_not_read_yet() -> None:
+    """What a client that is stopped does not take fills ZeroMQ's queue and the system's; the runtime keeps the rest."""
+    with Served("pocket", "--lease", "100") as served, served.client() as other:
+        slow = python("-c", SLOW_READER, served.address)
+        try:
+            assert slow.stdout is not None
+            assert within(60, slow.stdout.readline) == "begun\n"
+            slow.send_signal(signal.SIGSTOP)
+            wait_until(lambda: other.stats()["num_running"] == 0, 60, "the generation has ended")
+            served.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_refused(other), 20, "it is to end")
+            slow.send_signal(signal.SIGCONT)
+            assert within(60, slow.stdout.readline) == "2500 True\n"
+            assert served.process.wait(20) == 0
+        finally:
+            end(slow)
 
 
 def test_a_client_that_is_killed_gives_its_branches_and_pages_back() -> None:
     script = """
 import sys
 import bough as bo
+from bough.runtime import protocol
 from bough.runtime.protocol import SamplingParams, Text
 client = bo.RuntimeClient(sys.argv[1])
 for _ in range(4):
@@ -177,7 +221,7 @@ sys.stdin.read()
 
 def test_a_runtime_that_hangs_is_noticed_and_can_be_used_again_once_it_moves(runtime: bo.Runtime) -> None:
     with bo.RuntimeClient(runtime.address, silence_timeout=1.5) as client:
-        state = endless.run(backend=client, max_tokens=200, ignore_eos=True)
+        state = endless.run(backend=client, **ENDLESS)
         wait_until(lambda: int(client.stats()["num_running"]) == 1, 10, "it runs")
         os.kill(runtime.pid, signal.SIGSTOP)
         try:
