@@ -20,14 +20,16 @@ SAMPLED: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0}
 ENDLESS: dict[str, Any] = {"max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
-@bo.function
-def drafts(s: bo.State, number: int) -> str:
+def write_drafts(s: bo.State, number: int) -> str:
     s += bo.user(f"What is {number} + 4?")
     forks = s.fork(2)
     forks += bo.assistant("It is " + bo.gen("draft", stop="."))
     forks.join()
     s += bo.assistant(bo.select("best", choices=["short", "long"]))
     return f"{s['best']}: {s['draft']}"
+
+
+drafts = bo.function(write_drafts)
 
 
 @bo.function
@@ -117,17 +119,25 @@ def test_leaving_a_batch_ends_it_in_the_runtime(pocket: bo.Runtime) -> None:
 def test_a_batch_that_died_with_its_runtime_goes_on_where_it_was(tmp_path: Path) -> None:
     """The first runtime is killed after a few items; the second runs the others, and no item is lost or run twice."""
     path, items = tmp_path / "results.jsonl", [(number,) for number in range(24)]
+    killed = threading.Event()
+
+    @bo.function
+    def item(s: bo.State, number: int) -> str:
+        assert number < 12 or killed.wait(END_S), "half of them come after the runtime's death"
+        return write_drafts(s, number)
+
     with bo.Runtime(seed=3) as runtime:
         first = []
-        for state in drafts.run_batch(items, order="completion", max_in_flight=4, resume=path, backend=runtime):
+        for state in item.run_batch(items, order="completion", max_in_flight=4, resume=path, backend=runtime):
             first.append(state)
             if len(first) == 6:
                 os.kill(runtime.pid, signal.SIGKILL)
+                killed.set()
     lost = [state for state in first if isinstance(state.error(), bo.RuntimeLost)]
     assert len(first) == 24
     assert 0 < len(lost) <= 18
     with bo.Runtime(seed=3) as runtime:
-        states = within(END_S, lambda: drafts.run_batch(items, resume=path, backend=runtime))
+        states = within(END_S, lambda: item.run_batch(items, resume=path, backend=runtime))
         assert sum(state.is_saved for state in states) == 24 - len(lost)
         assert all(state.error() is None for state in states)
         by_index = {state.index: state for state in first if state.error() is None}

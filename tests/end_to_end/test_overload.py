@@ -88,13 +88,15 @@ def test_streams_that_nobody_reads_stop_at_their_credit_and_the_others_go_on(
 def test_a_flood_is_refused_with_a_hint_and_what_was_taken_is_carried_out(
     served: Served, watcher: bo.RuntimeClient
 ) -> None:
-    flood = 20 * MAX_WAITING
+    flood = 10 * MAX_WAITING
     with Peer(served.address) as peer:
         peer.hello()
         peer.request(protocol.Open(2, 1))
         peer.request(protocol.Extend(3, 1, [Text("tree")]))
+        os.kill(served.pid, signal.SIGSTOP)  # so that the flood arrives as one, however slowly it is sent
         for op in range(10, 10 + flood):
             peer.request(generate(op, 1, 1))
+        os.kill(served.pid, signal.SIGCONT)
         answers: dict[int, protocol.Reply] = {}
         while len(answers) < flood:
             reply = peer.reply(30)

@@ -119,9 +119,8 @@ def test_of_a_name_used_twice_the_last_one_wins(pocket: bo.Runtime) -> None:
 
 def test_the_pieces_of_a_stream_are_whole_characters_and_add_up_to_the_value(pocket: bo.Runtime) -> None:
     # At this temperature the model emits bytes of all kinds of characters, in and out of order.
-    state = continued.run(
-        "\u4f60\u597d \U0001f600 ", backend=pocket, stream=True, max_tokens=200, temperature=8.0, ignore_eos=True
-    )
+    hot: dict[str, Any] = {"seed": 2, "max_tokens": 200, "temperature": 8.0, "ignore_eos": True}
+    state = continued.run("\u4f60\u597d \U0001f600 ", backend=pocket, stream=True, **hot)
     pieces = within(60, lambda: list(state.text_iter("new")))
     assert len(pieces) > 20
     assert "".join(pieces) == state["new"]
@@ -206,7 +205,7 @@ def test_stop_regex_stop_ids_and_min_tokens_are_kept(pocket: bo.Runtime) -> None
 
 
 def test_three_samples_are_three_values_and_the_text_goes_on_with_the_first(pocket: bo.Runtime) -> None:
-    state = continued.run("One two", backend=pocket, n=3, max_tokens=16, temperature=2.0, ignore_eos=True)
+    state = continued.run("One two", backend=pocket, seed=6, n=3, max_tokens=16, temperature=2.0, ignore_eos=True)
     values = within(30, lambda: state["new"])
     assert len(values) == 3
     assert len(set(values)) == 3
@@ -270,7 +269,7 @@ def test_a_fork_thinks_on_its_own_and_a_join_brings_it_home(pocket: bo.Runtime) 
         forks.join()
         s += bo.assistant("Best: " + bo.select("best", choices=["one", "two", "three"]))
 
-    state = drafts.run(backend=pocket, max_tokens=8, temperature=1.5, ignore_eos=True)
+    state = drafts.run(backend=pocket, seed=8, max_tokens=24, temperature=1.5, ignore_eos=True)
     assert len(set(within(30, lambda: state["draft"]))) == 3
     assert state["best"] in ("one", "two", "three")
     assert "Draft" not in state.text()
@@ -299,11 +298,13 @@ def test_a_cancelled_branch_stops_and_leaves_its_siblings_alone(pocket: bo.Runti
 
 
 def test_a_deadline_ends_a_generation_with_what_it_had(pocket: bo.Runtime) -> None:
-    state = continued.run("Once upon a time", backend=pocket, max_tokens=3000, ignore_eos=True, timeout=0.4)
-    with pytest.raises(bo.Timeout) as caught:
-        within(10, lambda: state["new"])
+    for timeout in (0.4, 0.8, 1.6):  # a machine that is very busy may draw nothing in the first
+        state = continued.run("Once upon a time", backend=pocket, max_tokens=3500, ignore_eos=True, timeout=timeout)
+        with pytest.raises(bo.Timeout, match=r"not finished after \d\.") as caught:
+            within(10, lambda: state["new"])  # noqa: B023
+        if caught.value.details["partial_text"]:
+            break
     assert caught.value.details["partial_text"]
-    assert "not finished after 0." in str(caught.value)
 
 
 def test_programs_of_many_threads_share_one_runtime(pocket: bo.Runtime) -> None:
