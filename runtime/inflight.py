@@ -115,8 +115,8 @@ class InFlight:
         except Exception as error:
             self._heal("a step could not be committed")
             return True, ended + self._lose(step.sequences, error)
-        for outcome in outcomes:
-            ended.extend(self._settle(outcome))
+        now = self._clock()
+        ended += [end for outcome in outcomes if (end := self._settle(outcome, now)) is not None]
         return True, ended
 
     def check(self) -> None:
@@ -147,22 +147,22 @@ class InFlight:
             pool_tokens=pool,
         )
 
-    def _settle(self, outcome: Outcome) -> list[Ended]:
+    def _settle(self, outcome: Outcome, now: float) -> Ended | None:
+        """Take an outcome in; what ended with it, if anything did."""
         work = self._work.get(outcome.sequence)
         if work is None:
-            return []  # another sequence of the same work ended it in this step
+            return None  # another sequence of the same work ended it in this step
         try:
-            is_complete = self._take(work, outcome)
+            is_complete = self._take(work, outcome, now)
         except RequestError as error:
-            return [self._stopped(work, error)]
+            return self._stopped(work, error)
         except Exception as error:  # a bug of ours costs this operation, not the loop
             log.exception("the outcome of a step could not be taken in")
-            return [self._stopped(work, RequestError("internal", f"{type(error).__name__}: {error}"))]
-        return [self._stopped(work, None)] if is_complete else []
+            return self._stopped(work, RequestError("internal", f"{type(error).__name__}: {error}"))
+        return self._stopped(work, None) if is_complete else None
 
-    def _take(self, work: Work, outcome: Outcome) -> bool:
+    def _take(self, work: Work, outcome: Outcome, now: float) -> bool:
         """Take an outcome in; True if the work is complete."""
-        now = self._clock()
         if outcome.error is not None:
             raise outcome.error
         if isinstance(work, Generation):

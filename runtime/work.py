@@ -32,6 +32,8 @@ from bough.runtime.usage import usage_of
 class Generation:
     """One generate in flight: its sequence, the text so far, and when it is enough.
 
+    Tokens become text when somebody reads it, a stop string or a stream, or at the end: then all at once.
+
     kept: how many drawn tokens the branch keeps; leftover: text after them that goes back to the branch's tail, when
     a stop string cut a token in two. taken: ids at the branch's end that are drawn again (token healing).
     """
@@ -51,7 +53,6 @@ class Generation:
         self.credit = 0
         self.kept = 0
         self.leftover = ""
-        self.text = ""
         self.finish_reason: FinishReason | None = None
         self.matched_stop: str | int | None = None
         self._params = request.params
@@ -59,17 +60,19 @@ class Generation:
         self._tokenizer = tokenizer
         self._context_len = context_len
         self._taken = list(taken)
-        self._decoder = IncrementalDecoder(tokenizer, skip_bytes=self._num_bytes(taken))
         self._grammar = sequence.constraint if isinstance(sequence.constraint, GrammarConstraint) else None
         self._matcher = (
             StopMatcher(request.params.stop, request.params.stop_regex)
             if request.params.stop or request.params.stop_regex
             else None
         )
-        self._stop_ids = frozenset(request.params.stop_token_ids)
+        num_bytes, may_cut = self._num_bytes(taken), self._matcher is not None
+        self._decoder = IncrementalDecoder(tokenizer, skip_bytes=num_bytes, may_cut=may_cut)
+        self._text = ""
+        self._undecoded: list[int] = []
         # With a grammar, the end is allowed only where the text is whole.
         ignores_eos = request.params.ignore_eos and self._grammar is None
-        self._eos_ids = frozenset() if ignores_eos else frozenset(tokenizer.eos_ids)
+        self._end_ids = frozenset((*request.params.stop_token_ids, *(() if ignores_eos else tokenizer.eos_ids)))
         self._logprobs: list[TokenLogprob] = []
         self._first_token_at: float | None = None
         self._num_drawn = 0
@@ -77,6 +80,7 @@ class Generation:
         self._sent_chars = 0
         self._unsent_ids: list[int] = []
         self._sent_logprobs = 0
+        self._is_plain = not self._taken and self._grammar is None and self._params.logprobs is None
 
     def begin(self) -> bool:
         """Take in what a grammar forces at the very beginning; True if the generation is complete with it."""
@@ -88,6 +92,8 @@ class Generation:
             return False
         if self._first_token_at is None:
             self._first_token_at = now
+        if self._is_plain:
+            return any(map(self._take_one, tokens))
         return self._take_all(tokens, result)
 
     def _take_all(self, tokens: Items[int], result: RowResult | None) -> bool:
@@ -96,7 +102,7 @@ class Generation:
             if self._num_same == self.kept < len(self._taken) and token == self._taken[self.kept]:
                 self._num_same += 1
                 self.kept += 1
-                self._decoder.feed(token)
+                self._undecoded.append(token)
                 continue
             if self._params.logprobs is not None:
                 is_drawn = index < len(draws) and draws[index].token == token
@@ -105,29 +111,56 @@ class Generation:
                 return True
         if self._grammar is None or not self._grammar.is_ended:
             return False
-        self.text += self._decoder.finish()
+        self._finish_text()
         self.finish_reason = "length" if self._grammar.is_closed else "stop"
         return True
 
     def _take_one(self, token: int) -> bool:
         self._num_drawn += 1
-        if token in self._eos_ids or token in self._stop_ids:
-            self.text += self._decoder.finish()
+        if token in self._end_ids:
+            self._finish_text()
             self.finish_reason, self.matched_stop = "stop", token
             return True
+        if token >= self._tokenizer.vocab_size:
+            self._tokenizer.token_bytes(token)  # raises: it is told at once, whoever reads the text
         self.kept += 1
-        self._unsent_ids.append(token)
-        return self._stopped_by_text(self._decoder.feed(token)) or self._stopped_by_length()
+        self._undecoded.append(token)
+        if self.is_streaming:
+            self._unsent_ids.append(token)
+        if self._matcher is not None and self._stopped_by_text(self._decoded()):
+            return True
+        return self._stopped_by_length()
+
+    @property
+    def text(self) -> str:
+        """The text so far, whole characters only."""
+        if self._undecoded:
+            self._decoded()
+        return self._text
+
+    def _decoded(self) -> str:
+        """Decode what waits, add it to the text and return it."""
+        delta = self._decoder.feed_all(self._undecoded)
+        self._undecoded.clear()
+        self._text += delta
+        return delta
+
+    def _finish_text(self) -> str:
+        """Decode all there is; return what the last bytes add, which can no longer become a character."""
+        self._decoded()
+        rest = self._decoder.finish()
+        self._text += rest
+        return rest
 
     def _stopped_by_text(self, delta: str) -> bool:
-        self.text += delta
+        """Look for a stop in what was added to the text last; where there is one, the text ends there."""
         if self._matcher is None or not delta:
             return False
         hit = self._matcher.feed(delta)
         if hit is None:
             return False
         self.kept, self.leftover = self._decoder.tokens_within(hit.start)
-        self.text = self.text[: hit.start]
+        self._text = self._text[: hit.start]
         self.finish_reason, self.matched_stop = "stop", hit.stop
         return True
 
@@ -138,23 +171,24 @@ class Generation:
             self.finish_reason = "context"
         else:
             return False
-        rest = self._decoder.finish()
-        self._stopped_by_text(rest)
+        self._stopped_by_text(self._finish_text())
         return True
 
     def delta(self) -> Delta | None:
         """Return the text that can be released and was not yet sent, if any."""
-        is_over = self.finish_reason is not None
-        safe = len(self.text) if is_over or self._matcher is None else min(self._matcher.safe_len, len(self.text))
+        text = self.text
+        safe = len(text)
+        if self._matcher is not None and self.finish_reason is None:
+            safe = min(self._matcher.safe_len, safe)
         if safe <= self._sent_chars:
             return None
-        text, self._sent_chars = self.text[self._sent_chars : safe], safe
+        new, self._sent_chars = text[self._sent_chars : safe], safe
         ids, self._unsent_ids = self._unsent_ids, []
         self.credit -= len(ids)
         logprobs = None
         if self._params.logprobs is not None:
             logprobs, self._sent_logprobs = self._logprobs[self._sent_logprobs :], len(self._logprobs)
-        return Delta(self.operation.id, text, encode_tokens(ids), logprobs)
+        return Delta(self.operation.id, new, encode_tokens(ids), logprobs)
 
     def reply(self, length: int, now: float) -> tuple[Generated, list[bytes]]:
         """Return the terminal reply; `length` is the branch's new length in tokens."""

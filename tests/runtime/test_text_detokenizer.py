@@ -40,6 +40,23 @@ def test_the_pieces_join_to_the_text_of_all_tokens(
 
 
 @settings(max_examples=150)
+@given(data=st.data(), skip=st.booleans(), at_start=st.booleans(), may_cut=st.booleans())
+def test_tokens_fed_together_give_what_they_give_one_by_one(
+    tokenizer: Tokenizer, data: st.DataObject, skip: bool, at_start: bool, may_cut: bool
+) -> None:
+    ids = _draw_ids(data, tokenizer)
+    num = data.draw(st.integers(0, 3))
+    one = IncrementalDecoder(tokenizer, skip_special=skip, at_start=at_start, skip_bytes=num)
+    many = IncrementalDecoder(tokenizer, skip_special=skip, at_start=at_start, skip_bytes=num, may_cut=may_cut)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
+    for begin, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        assert many.feed_all(ids[begin:end]) == "".join([one.feed(index) for index in ids[begin:end]])
+        assert many.num_tokens == one.num_tokens
+    assert many.finish() == one.finish()
+    assert many.text == one.text
+
+
+@settings(max_examples=150)
 @given(text=TEXT)
 def test_valid_text_never_shows_a_replacement_character_of_its_own(tokenizer: Tokenizer, text: str) -> None:
     text = text.replace("\ufffd", "")
