@@ -36,7 +36,7 @@ class Attention:
 
     implementation: "native", compiled code in which a token's bits do not depend on whether it was prefilled or drawn,
     "torch", where they do, or "triton", a GPU's `kernels`. share: sequences read the KV they have in common together
-    (tree attention; not "torch"). unit_planner, step_planner: remember a step, so an `Attention` is one runner's.
+    (tree attention; not "torch"). unit_planner, step_planner, room: remember a step, so an `Attention` is one runner's.
     """
 
     num_heads: int
@@ -47,16 +47,15 @@ class Attention:
     kernels: Kernels | None = None
     unit_planner: UnitPlanner = field(default_factory=UnitPlanner, compare=False, repr=False)
     step_planner: StepPlanner = field(default_factory=StepPlanner, compare=False, repr=False)
+    room: native_attention.Room = field(default_factory=native_attention.Room, compare=False, repr=False)
 
     def plan(self, layout: PagedLayout) -> Plan:
         """Return what `paged_attention` needs of a step's layout; on a GPU still on the host, as a `StepPlan`."""
-        qo_lens = np.diff(layout.qo_indptr)
-        assert (qo_lens[layout.is_decode] == 1).all(), "a decode sequence has one query"
-        assert (qo_lens <= layout.kv_lens).all(), "a sequence has more queries than tokens"
+        layout.check()
         heads = (self.num_heads, self.num_kv_heads)
         if self.implementation == "native":
             units = self.unit_planner.plan(layout, share=self.share)
-            return native_attention.make_plan(layout, units, *heads, self.head_dim)
+            return native_attention.make_plan(layout, units, *heads, self.head_dim, self.room)
         if self.kernels is not None:
             return self.step_planner.plan(layout, self.kernels)
         return cpu_attention.make_plan(

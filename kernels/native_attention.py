@@ -55,6 +55,19 @@ class Plan:
     args: AttentionArgs
 
 
+class Room:
+    """The memory of plans whose steps come one after another: made anew only where a step is of another size."""
+
+    def __init__(self) -> None:
+        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def take(self, num_tokens: int, num_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return acc and stat of a `Plan`; what they hold is whatever was there."""
+        if self._tensors is None or self._tensors[0].shape != (num_tokens, num_heads, head_dim):
+            self._tensors = torch.empty(num_tokens, num_heads, head_dim), torch.empty(num_tokens, num_heads, 2)
+        return self._tensors
+
+
 def works(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the compiled attention is there, can do these shapes and agrees with the definition on a small step."""
     if head_dim % LANES or not 0 < head_dim <= _MAX_HEAD_DIM or dtype not in _DTYPES or native_library() is None:
@@ -65,17 +78,23 @@ def works(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) 
     return agrees
 
 
-def make_plan(layout: PagedLayout, units: Units, num_heads: int, num_kv_heads: int, head_dim: int) -> Plan:
-    """Return the plan of a step. units: those of the layout; they may be another plan's, too."""
+def make_plan(
+    layout: PagedLayout, units: Units, num_heads: int, num_kv_heads: int, head_dim: int, room: Room | None = None
+) -> Plan:
+    """Return the plan of a step. units: those of the layout; they may be another plan's, too.
+
+    room: whose memory it takes, which no other plan uses at that time; None: its own.
+    """
     sizes = (num_heads, num_kv_heads, head_dim, layout.page_size)
-    return _plan(layout.kv_indices, layout.positions(), units, *sizes)
+    return _plan(layout.kv_indices, layout.positions(), units, *sizes, room or Room())
 
 
 def narrow(plan: Plan, tokens: npt.NDArray[np.int64]) -> Plan:
     """Return the plan of some queries of a step alone, `tokens` ascending: of a q that has these only."""
     args, (pages, positions, *_) = plan.args, plan.arrays
     units = plan.units.of(tokens, len(positions))
-    return _plan(pages, positions[tokens], units, args.num_heads, args.num_kv_heads, args.dim, args.page_size)
+    sizes = (args.num_heads, args.num_kv_heads, args.dim, args.page_size)
+    return _plan(pages, positions[tokens], units, *sizes, Room())
 
 
 def _plan(
@@ -86,13 +105,13 @@ def _plan(
     num_kv_heads: int,
     head_dim: int,
     page_size: int,
+    room: Room,
 ) -> Plan:
     arrays = tuple(
         np.ascontiguousarray(array, dtype=np.int32)
         for array in (pages, positions, units.rows, units.fields, units.levels)
     )
-    acc = torch.empty(len(positions), num_heads, head_dim)
-    stat = torch.empty(len(positions), num_heads, 2)
+    acc, stat = room.take(len(positions), num_heads, head_dim)
     args = AttentionArgs()
     args.acc, args.stat = acc.data_ptr(), stat.data_ptr()
     args.pages, args.positions, args.rows, args.units, args.levels = (array.ctypes.data for array in arrays)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +41,8 @@ class StepInputs:
     hidden states are needed: first one for each draw, then those of each row that scores, each once.
     sample_rows: the row of each draw; score_rows: the rows that score; both in the order of `wanted`.
     score_hidden: (num_scores,) int64 ascending, which of the hidden states that are for scores each score is read from.
-    last: of which tokens the last layer is computed, None: of all.
+    last: of which tokens the last layer is computed, None: of all. is_decode: each row computes one token and draws the
+    next, so that `wanted` and `sample_rows` are simply all.
     """
 
     token_ids: torch.Tensor
@@ -52,6 +55,7 @@ class StepInputs:
     score_rows: tuple[int, ...]
     score_hidden: npt.NDArray[np.int64]
     last: LastLayer | None = None
+    is_decode: bool = False
 
 
 def build_inputs(
@@ -69,6 +73,8 @@ def build_inputs(
     drawn; for attention where they would.
     """
     rows = batch.rows
+    if not token_by_token and all(map(_is_plain_decode, rows)):
+        return _decode_inputs(rows, page_size, plan)
     num_new = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
     assert num_new.min() > 0, "a row computes at least one token"
@@ -106,6 +112,61 @@ def build_inputs(
         score_rows=score_rows,
         score_hidden=score_hidden,
         last=None if narrow is None else _last_layer(attention, wanted, len(positions), narrow),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What all steps have in common in which so many rows decode; nobody may change it."""
+
+    qo_indptr: npt.NDArray[np.int32]
+    is_decode: npt.NDArray[np.bool_]
+    all_tokens: torch.Tensor
+    all_rows: tuple[int, ...]
+    no_scores: npt.NDArray[np.int64]
+
+
+@functools.lru_cache(maxsize=512)
+def _frame(num_rows: int) -> _Frame:
+    qo_indptr, is_decode = np.arange(num_rows + 1, dtype=np.int32), np.ones(num_rows, dtype=np.bool_)
+    qo_indptr.flags.writeable = is_decode.flags.writeable = False
+    none = np.zeros(0, dtype=np.int64)
+    return _Frame(qo_indptr, is_decode, torch.arange(num_rows), tuple(range(num_rows)), none)
+
+
+def _is_plain_decode(row: Row) -> bool:
+    """Whether a row computes one token, as a decode does, and draws the next, and nothing else."""
+    return len(row.token_ids) == 1 and row.score_ids is None and row.trie is None and not row.draft and is_decode(row)
+
+
+def _decode_inputs(rows: tuple[Row, ...], page_size: int, plan: Callable[[PagedLayout], Plan]) -> StepInputs:
+    """Return what `build_inputs` does where every row is a plain decode: most steps, in a third of the time."""
+    frame = _frame(len(rows))
+    pages = [row.pages for row in rows]
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    kv_indptr = np.array([0, *accumulate(map(len, pages))], dtype=np.int32)
+    layout = PagedLayout(
+        qo_indptr=frame.qo_indptr,
+        kv_indptr=kv_indptr,
+        kv_indices=np.concatenate(pages),
+        kv_lens=(starts + 1).astype(np.int32),
+        is_decode=frame.is_decode,
+        page_size=page_size,
+        all_decode=True,
+    )
+    page, offset = np.divmod(starts, page_size)
+    slots = layout.kv_indices[kv_indptr[:-1] + page].astype(np.int64) * page_size + offset
+    return StepInputs(
+        token_ids=torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64)),
+        positions=torch.from_numpy(starts),
+        slots=torch.from_numpy(slots),
+        end_position=int(starts.max()) + 1,
+        attention=plan(layout),
+        wanted=frame.all_tokens,
+        sample_rows=frame.all_rows,
+        score_rows=(),
+        score_hidden=frame.no_scores,
+        is_decode=True,
     )
 
 

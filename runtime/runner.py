@@ -90,6 +90,9 @@ class Runner:
             batch, self.page_size, self.attention.plan, self.attention.narrow, token_by_token=self._token_by_token
         )
         hidden = self._forward(inputs)
+        if inputs.is_decode:
+            requests = [row.sample for row in batch.rows if row.sample is not None]
+            return list(map(_drawn, self._drawn_tokens(hidden, requests)))
         draws = self._sample(hidden[: len(inputs.sample_rows)], batch, inputs)
         scores = self._score(hidden[len(inputs.sample_rows) :], batch, inputs)
         return [row_result(row, draws.get(i), scores.get(i)) for i, row in enumerate(batch.rows)]
@@ -126,17 +129,19 @@ class Runner:
         return sampler.sample(logits, requests, self._masks)
 
     def _sample(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, list[sampler.Draw]]:
-        requests = [request for row in batch.rows for request in row.draws()]
-        if not requests:
-            return {}
         draws: dict[int, list[sampler.Draw]] = {}
-        if all(map(sampler.is_greedy, requests)):
-            drawn = sampler.greedy(self.model.raw_logits(hidden))
-        else:
-            drawn = self._draw(self.model.logits(hidden), requests)
-        for i, draw in zip(inputs.sample_rows, drawn, strict=True):
+        requests = [request for row in batch.rows for request in row.draws()]
+        for i, draw in zip(inputs.sample_rows, self._drawn_tokens(hidden, requests), strict=True):
             draws.setdefault(i, []).append(draw)
         return draws
+
+    def _drawn_tokens(self, hidden: torch.Tensor, requests: Sequence[SampleRequest]) -> list[sampler.Draw]:
+        """Return the draw of each row of hidden (num_requests, hidden_size)."""
+        if not requests:
+            return []
+        if all(map(sampler.is_greedy, requests)):
+            return sampler.greedy(self.model.raw_logits(hidden))
+        return self._draw(self.model.logits(hidden), requests)
 
     def _score(self, hidden: torch.Tensor, batch: Batch, inputs: StepInputs) -> dict[int, npt.NDArray[np.float64]]:
         ids = [ids for i in inputs.score_rows if (ids := batch.rows[i].score_ids) is not None]

@@ -9,8 +9,8 @@ for 32 rows of 8,192.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,8 +26,7 @@ _BLOCK = 256  # ids of one block of the cumulative distribution
 _CANDIDATES = 256  # likeliest tokens that top-k and top-p look at before they sort a row
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True):
     """A drawn token; logprob, likelier-first alternatives (logprob, id) and entropy only where they were asked for."""
 
     token: int
@@ -69,10 +68,10 @@ def greedy(logits: torch.Tensor) -> list[Draw]:
 
     logits: (num_rows, vocab_size) in any float dtype. Raises FloatingPointError naming a row that is not finite.
     """
-    tokens = likeliest(logits).tolist()
+    tokens: list[int] = likeliest(logits).tolist()
     if -1 in tokens:
         raise FloatingPointError(f"the model gave logits that are not finite in row {tokens.index(-1)}")
-    return [Draw(token) for token in tokens]
+    return list(map(Draw, tokens))
 
 
 def is_greedy(request: SampleRequest) -> bool:

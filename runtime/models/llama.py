@@ -73,13 +73,12 @@ class Llama:
         """
         x = self._embedding.index_select(0, inputs.token_ids)
         rotation = Rotation(*self._rope.lookup(inputs.positions, inputs.end_position), inputs.slots)
-        wanted = inputs.wanted if inputs.last is None else inputs.last.wanted
         done = self._forward_at_once(x, rotation, inputs, pool)
-        if done is not None:
-            return self._rows.add_norm(done.index_select(0, wanted), None, self._norm, self.config.rms_eps)[1]
-        x, delta = self._forward_layers(x, rotation, inputs, pool)
-        ends = (x.index_select(0, wanted), delta.index_select(0, wanted))
-        return self._rows.add_norm(*ends, self._norm, self.config.rms_eps)[1]
+        x, delta = (done, None) if done is not None else self._forward_layers(x, rotation, inputs, pool)
+        if not inputs.is_decode:
+            wanted = inputs.wanted if inputs.last is None else inputs.last.wanted
+            x, delta = x.index_select(0, wanted), None if delta is None else delta.index_select(0, wanted)
+        return self._rows.add_norm(x, delta, self._norm, self.config.rms_eps)[1]
 
     def _forward_at_once(
         self, x: torch.Tensor, rotation: Rotation, inputs: StepInputs, pool: KVPool
