@@ -80,6 +80,8 @@ class Generation:
         self._sent_chars = 0
         self._unsent_ids: list[int] = []
         self._sent_logprobs = 0
+        # More may not be drawn, counted without those drawn before them.
+        self._most_drawn = min(self._params.max_tokens, context_len - sequence.prompt_len - len(self._taken))
         self._is_plain = not self._taken and self._grammar is None and self._params.logprobs is None
 
     def begin(self) -> bool:
@@ -93,7 +95,7 @@ class Generation:
         if self._first_token_at is None:
             self._first_token_at = now
         if self._is_plain:
-            return any(map(self._take_one, tokens))
+            return self._take_one(tokens[0]) if len(tokens) == 1 else any(map(self._take_one, tokens))
         return self._take_all(tokens, result)
 
     def _take_all(self, tokens: Items[int], result: RowResult | None) -> bool:
@@ -129,7 +131,7 @@ class Generation:
             self._unsent_ids.append(token)
         if self._matcher is not None and self._stopped_by_text(self._decoded()):
             return True
-        return self._stopped_by_length()
+        return self._num_drawn >= self._most_drawn and self._stopped_by_length()
 
     @property
     def text(self) -> str:

@@ -61,7 +61,8 @@ class IncrementalDecoder:
 
     @property
     def text(self) -> str:
-        """Everything returned so far."""
+        """Everything returned so far, if it may be cut."""
+        assert self._may_cut, "the text was not kept"
         self._pieces = ["".join(self._pieces)]
         return self._pieces[0]
 
@@ -72,9 +73,10 @@ class IncrementalDecoder:
 
     def feed(self, token_id: int) -> str:
         """Return the characters that this token completes. Raises RequestError("invalid_request") on an unknown id."""
-        raw = self._tokenizer.token_bytes(token_id)
+        tokenizer = self._tokenizer
+        raw = tokenizer.token_bytes(token_id)
         self._num_tokens += 1
-        if self._skip and self._tokenizer.is_special(token_id):
+        if self._skip and tokenizer.is_special(token_id):
             raw = b""
         elif self._drop_space and raw:
             self._drop_space = False
@@ -98,7 +100,9 @@ class IncrementalDecoder:
         """Return what the bytes still waiting give: U+FFFD, since they can no longer become a character."""
         rest = self._utf8.decode(b"", final=True)
         self._waits = False
-        return self._noted(rest)
+        if self._may_cut:
+            self._note(rest)
+        return rest
 
     def tokens_within(self, num_chars: int) -> tuple[int, str]:
         """Return how many leading tokens lie wholly in the first `num_chars` characters, and the rest of these.
@@ -113,16 +117,19 @@ class IncrementalDecoder:
 
     def _take(self, raw: bytes) -> str:
         if not self._waits and raw.isascii():  # most are: they need no decoder
-            return self._noted(raw.decode("ascii"))
-        text = self._utf8.decode(raw)
-        self._waits = bool(self._utf8.getstate()[0])
-        return self._noted(text)
+            text = raw.decode("ascii")
+        else:
+            text = self._utf8.decode(raw)
+            self._waits = bool(self._utf8.getstate()[0])
+        if self._may_cut:
+            self._note(text)
+        return text
 
-    def _noted(self, text: str) -> str:
+    def _note(self, text: str) -> None:
+        """Remember what `tokens_within` needs."""
         if text:
             self._pieces.append(text)
             self._num_chars += len(text)
-        if self._may_cut and not self._waits:
+        if not self._waits:
             self._edge_tokens.append(self._num_tokens)
             self._edge_chars.append(self._num_chars)
-        return text
