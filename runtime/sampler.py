@@ -26,7 +26,7 @@ _BLOCK = 256  # ids of one block of the cumulative distribution
 _CANDIDATES = 256  # likeliest tokens that top-k and top-p look at before they sort a row
 
 
-class Draw(msgspec.Struct, frozen=True):
+class Draw(msgspec.Struct, frozen=True, gc=False):
     """A drawn token; logprob, likelier-first alternatives (logprob, id) and entropy only where they were asked for."""
 
     token: int
