@@ -47,7 +47,7 @@ class Step(msgspec.Struct, frozen=True):
     sequences: tuple[Sequence, ...]
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What a step did for one sequence.
 
     tokens: what was appended to it, the token drawn (`result.token`) and those that a grammar forced after it, or those
@@ -186,14 +186,14 @@ class Scheduler:
         budget = self._token_budget
         num_preempted = self.counters.preemptions
         self._clocks.append(self.cache.tree.clock)
-        for sequence in [s for s in self.running if s.decodes_next and s.num_left]:
+        for sequence, num_new in [(s, count) for s in self.running if (count := s.num_decoding)]:
             if ahead_of is not None and not sequence.is_paused and not self._has_slots(sequence):
                 return None  # once nothing is in flight, preempting gives pages at once
             if budget and self._can_decode(sequence, rows):
-                rows[sequence] = min(sequence.num_left, budget)
+                rows[sequence] = min(num_new, budget)
                 budget -= rows[sequence]
         for sequence in self.running:
-            if budget and not sequence.decodes_next and not sequence.is_paused and sequence not in rows:
+            if sequence not in rows and budget and not sequence.is_paused and not sequence.decodes_next:
                 rows[sequence] = sequence.most_new(budget)
                 budget -= rows[sequence]
         if num_preempted == self.counters.preemptions:
@@ -258,8 +258,14 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence, lease: Lease, num_tokens: int) -> None:
         self.cache.publish(lease, sequence.tokens.view(0, num_tokens))
+        self._note_published(sequence, lease)
         if self._speculator is not None and sequence.params is not None:
             self._speculator.learn(sequence)
+
+    def _note_published(self, sequence: Sequence, lease: Lease) -> None:
+        """The next to be published is the page that is not full yet."""
+        size = self.cache.page_size
+        sequence.publish_at = (lease.published // size + 1) * size
 
     # ------------------------------------------------------------------------------------------ admit
 
@@ -299,6 +305,7 @@ class Scheduler:
                 return
             self._start(sequence)
             sequence.lease = lease
+            self._note_published(sequence, lease)
             sequence.forget_rows(lease.matched)
             self._count_prompt(sequence)
             if lease.copy is not None:
@@ -407,7 +414,7 @@ class Scheduler:
                 self._settle_draft(sequence, sequence.lease, row.draft, accepted)
             # What a draft brought may lie behind a stop, which is looked for only now: it is published a step later.
             settled = sequence.num_publishable - accepted
-            if was_prefilling or settled // self.cache.page_size > sequence.lease.published // self.cache.page_size:
+            if was_prefilling or settled >= sequence.publish_at:
                 self._publish(sequence, sequence.lease, settled)
         return outcomes
 

@@ -16,6 +16,7 @@ from bough.runtime.trie import ROOT, TokenTrie, segments
 from bough.runtime.vector import IntArray, IntVector
 
 _UNKNOWN: IntArray = np.zeros(1, dtype=np.int32)
+_NOTHING: IntArray = np.zeros(0, dtype=np.int32)
 _MOST_INDEX = 1 << 21  # slots that the nodes of one step may read, together: about 60 MB of index
 
 
@@ -34,7 +35,8 @@ class Sequence:
 
     goal: how many leading tokens must be computed before the sequence draws or is done. prefill_until: below that many
     it is prefilling, what it computes is its prompt or was lost to a preemption; above, it is the token drawn last.
-    num_lost: how many tokens were computed when it was preempted last. room: slots for a trie's nodes.
+    num_lost: how many tokens were computed when it was preempted last. room: slots for a trie's nodes. publish_at: how
+    many tokens have to be computed before more of them are published.
     num_planned: how many tokens are computed once the steps in flight have ended; num_due: how many tokens these steps
     draw, which nobody knows yet. Without steps in flight num_computed and 0. most_len: it draws no token at or beyond
     this position.
@@ -66,6 +68,7 @@ class Sequence:
         "params",
         "prefill_until",
         "prompt_len",
+        "publish_at",
         "room",
         "seed",
         "slots",
@@ -118,6 +121,7 @@ class Sequence:
         self.computed_tokens = 0
         self.num_preemptions = 0
         self.num_lost = 0
+        self.publish_at = 0
         self.pace = Pace()
 
     @property
@@ -143,6 +147,13 @@ class Sequence:
     def decodes_next(self) -> bool:
         """Whether the next step computes what was drawn last and was forced after it, not a prompt."""
         return self.num_planned >= self.prefill_until or self.is_jumping
+
+    @property
+    def num_decoding(self) -> int:
+        """How many tokens the next step computes where it `decodes_next`, else 0."""
+        if self.num_planned < self.prefill_until and not self.is_jumping:
+            return 0
+        return self.num_left if self.num_due else self.goal - self.num_planned
 
     @property
     def waits_for_values(self) -> bool:
@@ -285,10 +296,11 @@ class Sequence:
         if self.trie is not None:
             return self._score_row(self.trie, self.lease, start, stop, page_size)
         assert (self.num_due == 0) == (drawn_by is None), "a token that is not known yet is drawn by a row in flight"
+        # No copy: while the row is read, what stands there stays.
         token_ids = self.tokens.view(start, stop) if drawn_by is None else _UNKNOWN
         num_draft = 0 if draft is None else len(draft)
         return Row(
-            token_ids=token_ids.copy() if draft is None else np.concatenate([token_ids, draft]),
+            token_ids=token_ids if draft is None else np.concatenate([token_ids, draft]),
             start=start,
             pages=self.lease.row.view(0, -(-(stop + num_draft) // page_size)),
             sample=self._sample_request() if stop == self.goal + self.num_due else None,
@@ -333,13 +345,13 @@ class Sequence:
 
     def _sample_request(self) -> SampleRequest:
         assert self.params is not None
-        generated = self.generated
+        generated = self.tokens.view(self.prompt_len)
         return SampleRequest(
             params=self.params,
             seed=self.seed,
             position=len(self.tokens) + self.num_due,
             generated=generated,
-            prompt=self.tokens.view(0, self.prompt_len if self.params.repetition_penalty != 1.0 else 0),
+            prompt=self.tokens.view(0, self.prompt_len) if self.params.repetition_penalty != 1.0 else _NOTHING,
             forbidden=self.forbidden_early if len(generated) + self.num_due < self.params.min_tokens else (),
             constraint=None if self.constraint is None or self.constraint.is_free else self.constraint,
             is_forced=self.num_jumped > 0 and not self.num_due,

@@ -39,7 +39,8 @@ class IntVector:
         return self._buffer[start : self._length if stop is None else min(stop, self._length)]
 
     def append(self, value: int) -> None:
-        self._grow(1)
+        if self._length == len(self._buffer):
+            self._grow(1)
         self._buffer[self._length] = value
         self._length += 1
 

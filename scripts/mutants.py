@@ -196,8 +196,8 @@ MUTANTS = (
     Mutant(
         "nothing is published before the end",
         SCHEDULER,
-        "            if was_prefilling or settled // self",
-        "            if False and settled // self",
+        "            if was_prefilling or settled >=",
+        "            if False and settled >=",
     ),
     Mutant(
         "pages are given back unpublished",
