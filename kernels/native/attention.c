@@ -124,6 +124,7 @@ typedef struct {
     float q[ROW_TILE * MAX_DIM] __attribute__((aligned(64)));
     float scores[ROW_TILE * CHUNK] __attribute__((aligned(64)));
     float means[ROW_TILE * MAX_DIM] __attribute__((aligned(64)));
+    float largest[ROW_TILE], sum[ROW_TILE]; /* of a chunk's scores; of its weights */
 } Rows;
 
 INLINE void load_query(Rows *rows, int r, const Args *args, ptrdiff_t at, const int is_bf16) {
@@ -168,6 +169,49 @@ INLINE void weigh(Rows *rows, int r, int valid, int count, float *largest, float
     }
     *largest = m;
     *sum = horizontal_sum(total);
+}
+
+/* Fold a chunk into the states of up to LANES / 2 rows, whose exponentials are computed together. */
+INLINE void fold(const Args *args, const Rows *rows, const Part *parts, int num_rows, int is_first) {
+    const int dim = args->dim;
+    float differences[LANES] = {0}, tops[LANES / 2];
+    for (int r = 0; r < num_rows; r++) {
+        const float known = args->stat[parts[r].at * 2];
+        if (is_first || parts[r].valid <= 0) continue;
+        tops[r] = known > rows->largest[r] ? known : rows->largest[r];
+        differences[r] = known - tops[r];
+        differences[r + LANES / 2] = rows->largest[r] - tops[r];
+    }
+    vec factors = {};
+    if (!is_first) factors = exp_of(load(differences, 0, 0));
+    for (int r = 0; r < num_rows; r++) {
+        float *acc = &args->acc[parts[r].at * dim], *stat = &args->stat[parts[r].at * 2];
+        if (parts[r].valid <= 0) continue;
+        if (is_first) {
+            memcpy(acc, &rows->means[r * dim], (size_t)dim * sizeof(float));
+            stat[0] = rows->largest[r];
+            stat[1] = rows->sum[r];
+            continue;
+        }
+        const float before = factors[r], now = factors[r + LANES / 2];
+        for (int d = 0; d < dim; d += LANES) {
+            vec_u *into = (vec_u *)&acc[d];
+            *into = (vec_u)((vec)*into * before + *(const vec *)&rows->means[r * dim + d] * now);
+        }
+        stat[0] = tops[r];
+        stat[1] = stat[1] * before + rows->sum[r] * now;
+    }
+}
+
+/* Some rows and one chunk. */
+INLINE void run_tile(const Args *args, const Tile *tile, Rows *rows, const Part *parts, int count, int num_rows,
+                     int is_first, const int is_bf16) {
+    for (int r = 0; r < num_rows; r++) load_query(rows, r, args, parts[r].at * args->dim, is_bf16);
+    attend(rows, tile, args, count, num_rows);
+    for (int r = 0; r < num_rows; r++)
+        weigh(rows, r, parts[r].valid > 0 ? parts[r].valid : 0, count, &rows->largest[r], &rows->sum[r]);
+    gather(rows, tile, args, count, num_rows);
+    fold(args, rows, parts, num_rows, is_first);
 }
 
 #include "attention_unit.h"

@@ -107,42 +107,8 @@ INLINE void ask_ahead(const Args *args, const Span *span, int position, const in
         prefetch(args, span, span->begin + beyond, LANES, span->head + 1, kind);
 }
 
-/* What one chunk is of one row: its largest score, the sum of its weights, and where it belongs. valid: how many of its
- * positions the row may see, none if it has no part in the chunk. */
+/* A row of a tile: where it belongs, how many of a chunk's positions it may see, none if it has no part in the chunk. */
 typedef struct {
     ptrdiff_t at; /* (token, head), flat */
     int valid;
-    float largest, sum;
 } Part;
-
-/* Fold a chunk into the states of up to LANES / 2 rows, whose exponentials are computed together. */
-INLINE void fold(const Args *args, const float *means, const Part *parts, int num_rows, int is_first) {
-    const int dim = args->dim;
-    float differences[LANES] = {0}, tops[LANES / 2];
-    for (int r = 0; r < num_rows; r++) {
-        const float known = args->stat[parts[r].at * 2];
-        if (is_first || parts[r].valid <= 0) continue;
-        tops[r] = known > parts[r].largest ? known : parts[r].largest;
-        differences[r] = known - tops[r];
-        differences[r + LANES / 2] = parts[r].largest - tops[r];
-    }
-    vec factors = {};
-    if (!is_first) factors = exp_of(load(differences, 0, 0));
-    for (int r = 0; r < num_rows; r++) {
-        float *acc = &args->acc[parts[r].at * dim], *stat = &args->stat[parts[r].at * 2];
-        if (parts[r].valid <= 0) continue;
-        if (is_first) {
-            memcpy(acc, &means[r * dim], (size_t)dim * sizeof(float));
-            stat[0] = parts[r].largest;
-            stat[1] = parts[r].sum;
-            continue;
-        }
-        const float before = factors[r], now = factors[r + LANES / 2];
-        for (int d = 0; d < dim; d += LANES) {
-            vec_u *into = (vec_u *)&acc[d];
-            *into = (vec_u)((vec)*into * before + *(const vec *)&means[r * dim + d] * now);
-        }
-        stat[0] = tops[r];
-        stat[1] = stat[1] * before + parts[r].sum * now;
-    }
-}

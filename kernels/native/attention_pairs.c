@@ -2,7 +2,8 @@
  *
  * A score is a sum over pairs of channels, a weighted value one over pairs of keys, each in order by one instruction:
  * a row's bits depend on its position and its tokens only, as in attention.c. Scores, their exponentials and what is
- * folded are float; weights are rounded to bfloat16, and their sum is that of the rounded, so that they add up to 1.
+ * folded are float; weights are rounded to bfloat16, and their sum is that of the rounded, so that they add up to 1. A
+ * chunk's weights are relative to the largest score so far, and its sums go on from those of the chunks before.
  */
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
@@ -28,10 +29,9 @@ typedef struct {
 #define MOST_VECS 8
 
 typedef struct {
-    uint16_t q[ROW_TILE * MAX_DIM] __attribute__((aligned(64)));
     float scores[ROW_TILE * CHUNK] __attribute__((aligned(64)));
     uint16_t weights[ROW_TILE * CHUNK] __attribute__((aligned(64)));
-    float means[ROW_TILE * MAX_DIM] __attribute__((aligned(64)));
+    float hidden[MAX_DIM] __attribute__((aligned(64))); /* where rows that have no part in a chunk leave their sums */
 } Rows;
 
 /* 2 * LANES channels of a block's keys: lane i of the word into[c * CHUNK] is channels 2 c and 2 c + 1 of key i. */
@@ -74,91 +74,161 @@ INLINE __m512bh word_of(const uint16_t *from) {
     return (__m512bh)_mm512_set1_epi32(word);
 }
 
-/* out[r][j] = scale * the sum over t < 2 * steps of a[r][t] * b[t][j], two at a time in the order of t. */
-INLINE void product(const uint16_t *a, int a_stride, const uint32_t *b, int b_stride, float *out, int out_stride,
-                    int steps, float scale, const int rows, const int vecs) {
+/* Queries of a tile, and where the weighted values of each are, so far: these times `before`. */
+typedef struct {
+    const uint16_t *q[ROW_TILE];
+    float *acc[ROW_TILE];
+    float before[ROW_TILE];
+    int is_first; /* nothing is there so far */
+} States;
+
+/* LANES * vecs scores of some rows: sums over pairs of channels, in order. */
+INLINE void score(const States *of, const uint32_t *keys, float *scores, int steps, const int rows, const int vecs) {
     __m512 sums[ROW_TILE][MOST_VECS];
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < vecs; j++) sums[r][j] = _mm512_setzero_ps();
     for (int t = 0; t < steps; t++) {
         __m512bh right[MOST_VECS];
-        for (int j = 0; j < vecs; j++) right[j] = (__m512bh)_mm512_load_si512(&b[t * b_stride + j * LANES]);
+        for (int j = 0; j < vecs; j++) right[j] = (__m512bh)_mm512_load_si512(&keys[t * CHUNK + j * LANES]);
         for (int r = 0; r < rows; r++) {
-            const __m512bh left = word_of(&a[r * a_stride + 2 * t]);
+            const __m512bh left = word_of(&of->q[r][2 * t]);
             for (int j = 0; j < vecs; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], left, right[j]);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vecs; j++) *(vec *)&out[r * out_stride + j * LANES] = (vec)sums[r][j] * scale;
+        for (int j = 0; j < vecs; j++) _mm512_store_ps(&scores[r * CHUNK + j * LANES], sums[r][j]);
 }
 
-INLINE void product_of_rows(const uint16_t *a, int a_stride, const uint32_t *b, int b_stride, float *out,
-                            int out_stride, int steps, float scale, const int rows, int vecs) {
-    int j = 0;
-    for (; rows <= 2 && j + 8 <= vecs; j += 8) /* enough sums to hide how long one takes */
-        product(a, a_stride, b + j * LANES, b_stride, out + j * LANES, out_stride, steps, scale, rows, 8);
-    for (; j + 4 <= vecs; j += 4)
-        product(a, a_stride, b + j * LANES, b_stride, out + j * LANES, out_stride, steps, scale, rows, 4);
-    for (; j + 2 <= vecs; j += 2)
-        product(a, a_stride, b + j * LANES, b_stride, out + j * LANES, out_stride, steps, scale, rows, 2);
-    for (; j < vecs; j++)
-        product(a, a_stride, b + j * LANES, b_stride, out + j * LANES, out_stride, steps, scale, rows, 1);
-}
-
-INLINE void multiply(const uint16_t *a, int a_stride, const uint32_t *b, int b_stride, float *out, int out_stride,
-                     int steps, float scale, int rows, int vecs) {
-    switch (rows) {
-        case 1: product_of_rows(a, a_stride, b, b_stride, out, out_stride, steps, scale, 1, vecs); break;
-        case 2: product_of_rows(a, a_stride, b, b_stride, out, out_stride, steps, scale, 2, vecs); break;
-        case 3: product_of_rows(a, a_stride, b, b_stride, out, out_stride, steps, scale, 3, vecs); break;
-        case 4: product_of_rows(a, a_stride, b, b_stride, out, out_stride, steps, scale, 4, vecs); break;
-        case 5: product_of_rows(a, a_stride, b, b_stride, out, out_stride, steps, scale, 5, vecs); break;
-        default: product_of_rows(a, a_stride, b, b_stride, out, out_stride, steps, scale, 6, vecs);
+/* LANES * vecs channels, from `at` on, of the weighted values of some rows: sums over pairs of keys, in order. */
+INLINE void sum_up(const States *of, const uint16_t *weights, const uint32_t *values, int dim, int at, int steps,
+                   const int rows, const int vecs) {
+    __m512 sums[ROW_TILE][MOST_VECS];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vecs; j++)
+            sums[r][j] = of->is_first ? _mm512_setzero_ps()
+                                      : _mm512_mul_ps(_mm512_loadu_ps(&of->acc[r][at + j * LANES]), _mm512_set1_ps(of->before[r]));
+    for (int t = 0; t < steps; t++) {
+        __m512bh right[MOST_VECS];
+        for (int j = 0; j < vecs; j++) right[j] = (__m512bh)_mm512_load_si512(&values[t * dim + at + j * LANES]);
+        for (int r = 0; r < rows; r++) {
+            const __m512bh left = word_of(&weights[r * CHUNK + 2 * t]);
+            for (int j = 0; j < vecs; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], left, right[j]);
+        }
     }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vecs; j++) _mm512_storeu_ps(&of->acc[r][at + j * LANES], sums[r][j]);
 }
 
-INLINE void load_query(Rows *rows, int r, const Args *args, ptrdiff_t at, const int is_bf16) {
-    (void)is_bf16; /* always */
-    for (int d = 0; d < args->dim; d += LANES)
-        *(half_u *)&rows->q[r * MAX_DIM + d] = *(const half_u *)((const uint16_t *)args->q + at + d);
+/* Few rows take more vectors at a time: enough sums to hide how long one takes. */
+INLINE void score_rows(const States *of, const uint32_t *keys, float *scores, int steps, int vecs, const int rows) {
+    int j = 0;
+    for (; rows <= 2 && j + 8 <= vecs; j += 8) score(of, keys + j * LANES, scores + j * LANES, steps, rows, 8);
+    for (; j + 4 <= vecs; j += 4) score(of, keys + j * LANES, scores + j * LANES, steps, rows, 4);
+    for (; j + 2 <= vecs; j += 2) score(of, keys + j * LANES, scores + j * LANES, steps, rows, 2);
+    for (; j < vecs; j++) score(of, keys + j * LANES, scores + j * LANES, steps, rows, 1);
+}
+
+INLINE void sum_up_rows(const States *of, const uint16_t *weights, const uint32_t *values, int dim, int steps,
+                        const int rows) {
+    int at = 0;
+    for (; rows <= 2 && at + 8 * LANES <= dim; at += 8 * LANES) sum_up(of, weights, values, dim, at, steps, rows, 8);
+    for (; at + 4 * LANES <= dim; at += 4 * LANES) sum_up(of, weights, values, dim, at, steps, rows, 4);
+    for (; at < dim; at += 2 * LANES) sum_up(of, weights, values, dim, at, steps, rows, 2);
 }
 
 /* Not inlined: their sums then have the registers to themselves, and what is known of the strides is constant. */
 #define APART static __attribute__((noinline))
 
-APART void multiply_queries(Rows *rows, const uint32_t *keys, int steps, float scale, int num_rows, int vecs) {
-    multiply(rows->q, MAX_DIM, keys, CHUNK, rows->scores, CHUNK, steps, scale, num_rows, vecs);
-}
-
-APART void multiply_weights(Rows *rows, const uint32_t *values, int dim, int steps, int num_rows) {
-    multiply(rows->weights, CHUNK, values, dim, rows->means, dim, steps, 1.0f, num_rows, dim / LANES);
-}
-
-INLINE void attend(Rows *rows, const Tile *tile, const Args *args, int count, int num_rows) {
-    const int dim = args->dim, vecs = (count + LANES - 1) / LANES;
-    multiply_queries(rows, tile->keys, dim / 2, args->scale, num_rows, vecs);
-}
-
-INLINE void gather(Rows *rows, const Tile *tile, const Args *args, int count, int num_rows) {
-    multiply_weights(rows, tile->values, args->dim, (count + 1) / 2, num_rows);
-}
-
-/* Turn the first `valid` scores into weights, the others up to `count` into 0; return the largest score and the sum. */
-INLINE void weigh(Rows *rows, int r, int valid, int count, float *largest, float *sum) {
-    float *scores = &rows->scores[r * CHUNK];
-    const int blocks = (count + LANES - 1) / LANES;
-    for (int i = valid; i < blocks * LANES; i++) scores[i] = -__builtin_inff();
-    __m512 top = _mm512_load_ps(scores);
-    for (int b = 1; b < blocks; b++) top = _mm512_max_ps(top, _mm512_load_ps(&scores[b * LANES]));
-    const float m = _mm512_reduce_max_ps(top);
-    vec total = (vec){};
-    for (int b = 0; b < blocks; b++) {
-        const __m256i weights = (__m256i)_mm512_cvtneps_pbh(exp_nearly(_mm512_sub_ps(_mm512_load_ps(&scores[b * LANES]), _mm512_set1_ps(m))));
-        _mm256_store_si256((__m256i *)&rows->weights[r * CHUNK + b * LANES], weights);
-        total += (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(weights), 16);
+APART void multiply_queries(const States *of, const uint32_t *keys, float *scores, int steps, int rows, int vecs) {
+    switch (rows) {
+        case 1: score_rows(of, keys, scores, steps, vecs, 1); break;
+        case 2: score_rows(of, keys, scores, steps, vecs, 2); break;
+        case 3: score_rows(of, keys, scores, steps, vecs, 3); break;
+        case 4: score_rows(of, keys, scores, steps, vecs, 4); break;
+        case 5: score_rows(of, keys, scores, steps, vecs, 5); break;
+        default: score_rows(of, keys, scores, steps, vecs, 6);
     }
-    *largest = m;
-    *sum = _mm512_reduce_add_ps((__m512)total);
+}
+
+APART void multiply_weights(const States *of, const uint16_t *weights, const uint32_t *values, int dim, int steps,
+                            int rows) {
+    switch (rows) {
+        case 1: sum_up_rows(of, weights, values, dim, steps, 1); break;
+        case 2: sum_up_rows(of, weights, values, dim, steps, 2); break;
+        case 3: sum_up_rows(of, weights, values, dim, steps, 3); break;
+        case 4: sum_up_rows(of, weights, values, dim, steps, 4); break;
+        case 5: sum_up_rows(of, weights, values, dim, steps, 5); break;
+        default: sum_up_rows(of, weights, values, dim, steps, 6);
+    }
+}
+
+/* Let the scores from `valid` to `end`, a multiple of LANES, weigh nothing. */
+INLINE void hide(float *scores, int valid, int end) {
+    const int block = valid / LANES * LANES;
+    const __m512 none = _mm512_set1_ps(-__builtin_inff());
+    if (block < end)
+        _mm512_store_ps(&scores[block], _mm512_mask_mov_ps(none, (__mmask16)((1u << (valid - block)) - 1), _mm512_load_ps(&scores[block])));
+    for (int i = block + LANES; i < end; i += LANES) _mm512_store_ps(&scores[i], none);
+}
+
+INLINE float largest_of(const float *scores, int blocks) {
+    __m512 top = _mm512_load_ps(scores), other = _mm512_load_ps(&scores[LANES]);
+    for (int b = 2; b < blocks; b += 2) {
+        top = _mm512_max_ps(top, _mm512_load_ps(&scores[b * LANES]));
+        other = _mm512_max_ps(other, _mm512_load_ps(&scores[(b + 1) * LANES]));
+    }
+    return _mm512_reduce_max_ps(_mm512_max_ps(top, other));
+}
+
+/* Turn an even number of blocks of scores into weights 2^(factor (score - top)); return the sum of what they are rounded to. */
+INLINE float weigh(const float *scores, uint16_t *weights, int blocks, float factor, float top) {
+    const __m512 times = _mm512_set1_ps(factor), less = _mm512_set1_ps(factor * top);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    __m512 total = _mm512_setzero_ps();
+    for (int b = 0; b < blocks; b += 2) {
+        const __m512 low = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(&scores[b * LANES]), times, less));
+        const __m512 high = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(&scores[(b + 1) * LANES]), times, less));
+        const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+        _mm512_store_si512(&weights[b * LANES], (__m512i)both);
+        total = _mm512_dpbf16_ps(total, both, ones);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+/* Fold a chunk into the states of some rows: what they have is rescaled where a score is larger than all before. */
+INLINE void run_tile(const Args *args, const Tile *tile, Rows *rows, const Part *parts, int count, int num_rows,
+                     int is_first, const int is_bf16) {
+    (void)is_bf16; /* always */
+    const int dim = args->dim, blocks = (count + 2 * LANES - 1) / (2 * LANES) * 2;
+    const float factor = args->scale * 1.44269504f;
+    States of;
+    of.is_first = is_first;
+    for (int r = 0; r < num_rows; r++) {
+        of.q[r] = (const uint16_t *)args->q + parts[r].at * dim;
+        of.acc[r] = parts[r].valid > 0 ? &args->acc[parts[r].at * dim] : rows->hidden;
+    }
+    multiply_queries(&of, tile->keys, rows->scores, dim / 2, num_rows, (count + LANES - 1) / LANES);
+    float tops[LANES] = {0}, known[LANES] = {0};
+    for (int r = 0; r < num_rows; r++) {
+        float *scores = &rows->scores[r * CHUNK];
+        const int valid = parts[r].valid > 0 ? parts[r].valid : 0;
+        if (valid < blocks * LANES) hide(scores, valid, blocks * LANES);
+        const float largest = largest_of(scores, blocks);
+        known[r] = is_first ? largest : args->stat[parts[r].at * 2];
+        tops[r] = known[r] > largest ? known[r] : largest;
+    }
+    float before[LANES];
+    const __m512 less = _mm512_sub_ps(_mm512_loadu_ps(known), _mm512_loadu_ps(tops));
+    _mm512_storeu_ps(before, power_of_two(_mm512_mul_ps(less, _mm512_set1_ps(factor))));
+    for (int r = 0; r < num_rows; r++) {
+        const float sum = weigh(&rows->scores[r * CHUNK], &rows->weights[r * CHUNK], blocks, factor, tops[r]);
+        float *stat = &args->stat[parts[r].at * 2];
+        of.before[r] = before[r];
+        if (parts[r].valid <= 0) continue;
+        stat[0] = tops[r];
+        stat[1] = is_first ? sum : stat[1] * before[r] + sum;
+    }
+    multiply_weights(&of, rows->weights, tile->values, dim, (count + 1) / 2, num_rows);
 }
 
 #include "attention_unit.h"

@@ -1,5 +1,5 @@
-/* How a unit of work is walked, whatever the arithmetic. Include it where Tile, Rows, read_tile, load_query, attend, weigh
- * and gather are defined. */
+/* How a unit of work is walked, whatever the arithmetic. Include it where Tile, Rows, read_tile and run_tile are
+ * defined. */
 
 /* One unit's chunk: all its rows, a tile of them at a time. A row is a (query token, head of the group). */
 INLINE void run_chunk(const Args *args, const int32_t *unit, const Tile *tile, Rows *rows, int chunk, int head,
@@ -24,12 +24,7 @@ INLINE void run_chunk(const Args *args, const int32_t *unit, const Tile *tile, R
             }
         }
         if (count <= 0) continue;
-        for (int r = 0; r < here; r++) load_query(rows, r, args, parts[r].at * dim, is_bf16);
-        attend(rows, tile, args, count, here);
-        for (int r = 0; r < here; r++)
-            weigh(rows, r, parts[r].valid > 0 ? parts[r].valid : 0, count, &parts[r].largest, &parts[r].sum);
-        gather(rows, tile, args, count, here);
-        fold(args, rows->means, parts, here, is_first);
+        run_tile(args, tile, rows, parts, count, here, is_first, is_bf16);
     }
 }
 
