@@ -8,11 +8,11 @@ safetensors, where they are missing, from the wheels of a folder (--wheels). Tri
 compiler (gcc, clang, CC).
 
 The most important sections come first. Each runs in a process of its own and within its own seconds, whose sum is that
-of the whole (460, those side by side counted once): one that fails, hangs, or breaks the device for its process costs
-no other, and what found no time is told as not run. Every row is written as it is found, to
-benchmarks/results/DATE-gpu_report.json or --out, and into the folder that the variable OUT names, if it is set. Times
-are medians of repetitions that alternate between the systems compared; ratios are of one run. A dry run's figures mean
-nothing.
+of the whole (460, those side by side counted once); serving has also what those before it did not need. One that fails,
+hangs, or breaks the device for its process costs no other, and what found no time is told as not run. Every row is
+written as it is found, to benchmarks/results/DATE-gpu_report.json or --out, and into the folder that the variable OUT
+names, if it is set. Times are medians of repetitions that alternate between the systems compared; ratios are of one
+run. A dry run has all the time it takes, and its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: what yields its rows, in at most `seconds`. Sections of one `together` run side by side."""
+    """A part of the report: what yields its rows, in at most `seconds`. Sections of one `together` run side by side.
+
+    takes_more: it has also the seconds that sections before it left, and that no later one may need.
+    """
 
     name: str
     seconds: float
     run: Callable[[Clock], Iterable[Row]]
     together: str = ""
+    takes_more: bool = False
 
 
 @dataclass
@@ -145,19 +149,34 @@ def _work(section: Section, clock: Clock, pipe: Connection, num_together: int) -
 
 def run_sections(sections: Sequence[Section], report: Report, ends_at: float) -> None:
     """Run what there is time for, in order; a failure is part of the report."""
-    at = 0
-    while at < len(sections):
-        group = [sections[at]]
-        while sections[at].together and len(group) < len(sections) - at:
-            if sections[at + len(group)].together != sections[at].together:
-                break
-            group.append(sections[at + len(group)])
-        at += len(group)
-        if time.monotonic() >= ends_at:
+    groups = grouped(sections)
+    for index, group in enumerate(groups):
+        left = ends_at - time.monotonic()
+        if left <= 0:
             report.sections |= {section.name: {"status": "not run: no time left", "rows": []} for section in group}
             report.write()
         else:
-            _run_together(group, report, ends_at)
+            _run_together(with_spare(group, groups[index + 1 :], left), report, ends_at)
+
+
+def grouped(sections: Sequence[Section]) -> list[list[Section]]:
+    """Return sections in order, neighbours that run side by side together."""
+    groups: list[list[Section]] = []
+    for section in sections:
+        if groups and section.together and groups[-1][0].together == section.together:
+            groups[-1].append(section)
+        else:
+            groups.append([section])
+    return groups
+
+
+def with_spare(group: Sequence[Section], later: Sequence[Sequence[Section]], left: float) -> list[Section]:
+    """Return the group, those that take more with what is left of `left` seconds when all later ones have theirs."""
+    spare = left - sum(max(section.seconds for section in each) for each in (group, *later))
+    return [
+        replace(section, seconds=section.seconds + max(0.0, spare)) if section.takes_more else section
+        for section in group
+    ]
 
 
 def _run_together(group: Sequence[Section], report: Report, ends_at: float) -> None:
@@ -289,8 +308,8 @@ def _sections(device: Any, *, peers: bool) -> list[Section]:
         Section("peers", 35, lambda clock: gpu_tree.peers(device, clock)),
         Section("peers flashinfer", 20, lambda clock: gpu_tree.flashinfer_peers(device, clock)),
         Section("prefill", 22, lambda clock: gpu_tree.prefill(device, peers, clock)),
-        Section("serving", 45, lambda clock: gpu_serving.serving(device, clock)),
-        Section("serving peer", 40, lambda clock: gpu_serving.peer(device, clock)),
+        Section("serving", 45, lambda clock: gpu_serving.serving(device, clock), takes_more=True),
+        Section("serving peer", 40, lambda clock: gpu_serving.peer(device, clock), takes_more=True),
         Section("questions", 28, lambda clock: gpu_questions.questions(device, clock)),
         Section("kernels", 15, lambda clock: gpu_kernels.kernels(device, clock)),
     ]

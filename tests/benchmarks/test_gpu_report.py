@@ -92,6 +92,16 @@ def test_a_section_that_fails_breaks_or_hangs_costs_no_other(tmp_path: Path, mon
     )
 
 
+def test_seconds_that_sections_left_go_to_those_that_take_more_and_to_no_others() -> None:
+    alone, more = Section("alone", 20, long), Section("more", 40, long, takes_more=True)
+    side = [Section("one", 30, long, "side"), Section("two", 10, long, "side")]
+    groups = gpu_report.grouped([alone, *side, more, alone])
+    assert [[section.name for section in group] for group in groups] == [["alone"], ["one", "two"], ["more"], ["alone"]]
+    for left, seconds in ((60.0, 40.0), (55.0, 40.0), (100.0, 80.0)):
+        assert [section.seconds for section in gpu_report.with_spare(groups[2], groups[3:], left)] == [seconds]
+    assert gpu_report.with_spare(groups[1], groups[2:], 400.0) == side
+
+
 def odd(clock: Clock) -> Iterator[Row]:
     yield {"us": np.float32(1.5)}
 
