@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _REPETITIONS: Final = 7
 _LEAST_REPETITIONS: Final = 3
 _SECONDS: Final = 0.4  # after the least number of repetitions, and after compiling
-_AHEAD_CYCLES: Final = 1_000_000  # some 0.5 ms, in which the host runs ahead: launches are not part of a time
+_AHEAD_CYCLES: Final = 2_000_000  # some 1 ms, in which the host runs ahead: launches are not part of a time
 
 
 @dataclass(frozen=True)
