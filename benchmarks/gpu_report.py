@@ -221,6 +221,7 @@ def _listen(running: dict[Connection, _Child], report: Report) -> None:
 
 def _end(child: _Child, status: str, report: Report) -> None:
     child.process.join(5)
+    child.kill()  # compilers and their workers outlive it, with our output open
     report.sections[child.name] |= {"status": status, "seconds": time.monotonic() - child.begin}
     report.write()
     print(f"-- {child.name}: {status} ({time.monotonic() - child.begin:.0f} s)", flush=True)
@@ -378,4 +379,6 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a process that its device does not let go of, killed or not, would be waited for

@@ -10,6 +10,7 @@ import importlib
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -209,7 +210,10 @@ def _is_done(sequence: Any) -> bool:
 
 
 def peer(device: torch.device, clock: Clock) -> Iterator[Row]:
-    """Serve the same by `transformers`, on random weights of the same shape; its manager is made anew for each."""
+    """Serve the same by `transformers`, on random weights of the same shape; its manager is made anew for each.
+
+    The first workload is served once before, as a warm-up.
+    """
     tiny = device.type == "cpu"
     todo = workloads(tiny=tiny)
     try:
@@ -218,6 +222,8 @@ def peer(device: torch.device, clock: Clock) -> Iterator[Row]:
     except Exception as error:  # not installed, or another version of it
         yield {"system": _PEER, "workload": todo[0].name, "no": f"{type(error).__name__}: {error}"[:120]}
         return
+    with suppress(Exception):  # as ours: a first run loads and chooses kernels; if it cannot, the second one says why
+        system.run(todo[0], seconds=2 * _TRACE_S)
     for trace in todo:
         row: Row = {"workload": trace.name, "system": _PEER}
         if clock.is_out:

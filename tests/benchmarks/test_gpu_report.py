@@ -102,6 +102,22 @@ def test_seconds_that_sections_left_go_to_those_that_take_more_and_to_no_others(
     assert gpu_report.with_spare(groups[1], groups[2:], 400.0) == side
 
 
+def test_what_a_section_started_ends_with_it(tmp_path: Path) -> None:
+    """Else a compiler's worker, say, would hold the report's output open when the report is over."""
+    ours, theirs = os.pipe()
+
+    def leaving(clock: Clock) -> Iterator[Row]:
+        subprocess.Popen(["sleep", "600"], pass_fds=(theirs,))
+        yield {"us": 1.5}
+
+    report = Report({}, [tmp_path / "report.json"])
+    run_sections([Section("leaving", 60, leaving)], report, time.monotonic() + 600)
+    os.close(theirs)
+    assert os.read(ours, 1) == b"", "it ends when nobody holds the other end"
+    os.close(ours)
+    assert written(tmp_path / "report.json") == {"leaving": ("done", [{"us": 1.5}])}
+
+
 def odd(clock: Clock) -> Iterator[Row]:
     yield {"us": np.float32(1.5)}
 
