@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -180,17 +181,24 @@ class ContinuousBatching:
         self._manager.stop(block=True, **({"hard_stop": True} if knows else {}))
 
     def _warm_up(self) -> None:
-        """Wait until the manager has its memory and answered once."""
+        """Wait until the manager has its memory and answered once. Raises RuntimeError if it cannot."""
         self._manager.add_request([1, 2, 3], max_new_tokens=1, eos_token_id=-1)
         while (result := self._manager.get_result(timeout=60.0)) is not None and not result.is_finished():
             pass
+        if result is None or result.error is not None:
+            raise RuntimeError(f"continuous batching answers nothing: {result.error if result else self._fatal()}")
+
+    def _fatal(self) -> object:
+        return self._manager.background_thread_status.fatal_error
 
     def _start(self, prompt: list[int], ask: Ask) -> Future[Call]:
         call, done, name = Call(time.perf_counter(), [prompt]), Future[Call](), f"ask-{next(self._numbers)}"
         self._open[name] = call, done
-        self._manager.add_request(
+        taken = self._manager.add_request(
             prompt, request_id=name, max_new_tokens=ask.num_tokens, streaming=True, eos_token_id=-1
         )
+        if taken is None:  # it has stopped, and nobody else will answer
+            self._fail(f"continuous batching takes no request: {self._fatal()}")
         return done
 
     def _read(self) -> None:
@@ -203,7 +211,7 @@ class ContinuousBatching:
                 self._fail(f"not done: {len(self._open)} requests were left when its time was over")
                 continue
             if result is None:
-                if (error := manager.background_thread_status.fatal_error) is not None:
+                if (error := self._fatal()) is not None:
                     self._fail(f"continuous batching stopped: {error}")
                     return
                 continue
@@ -216,10 +224,12 @@ class ContinuousBatching:
                 call.answer = list(result.generated_tokens)
                 del self._open[result.request_id]
                 done.set_result(call)
+        self._fail("continuous batching stopped")
 
     def _fail(self, message: str) -> None:
-        for name in list(self._open):
-            self._open.pop(name)[1].set_exception(RuntimeError(message))
+        while self._open:  # two threads may do so
+            with suppress(KeyError):
+                self._open.popitem()[1][1].set_exception(RuntimeError(message))
 
 
 def _load(model: Path) -> tuple[Any, Any]:

@@ -214,22 +214,28 @@ def test_a_runner_that_fails_costs_no_other_its_figures() -> None:
     assert gpu_steps._served_ms([], Batch(())) == []
 
 
-class Unanswering:
-    """A manager of continuous batching that answers the first request only, to warm up."""
+class Manager:
+    """A manager of continuous batching that answers the first request only, to warm up, or none at all.
 
-    def __init__(self) -> None:
+    takes: how many requests it takes until it dies.
+    """
+
+    def __init__(self, takes: int, *, answers: bool = True) -> None:
         self.stopped: dict[str, bool] = {}
-        self._is_warm = False
+        self.background_thread_status = SimpleNamespace(fatal_error=None if answers else MemoryError("no room"))
+        self._takes = takes
+        self._answers = int(answers)
 
     def start(self) -> None:
         pass
 
-    def add_request(self, prompt: list[int], **options: object) -> None:
-        pass
+    def add_request(self, prompt: list[int], **options: object) -> str | None:
+        self._takes -= 1
+        return "taken" if self._takes >= 0 else None
 
     def get_result(self, timeout: float) -> Any:
-        is_first, self._is_warm = not self._is_warm, True
-        return SimpleNamespace(is_finished=lambda: True) if is_first else None
+        self._answers -= 1
+        return SimpleNamespace(is_finished=lambda: True, error=None) if self._answers == 0 else None
 
     def is_running(self) -> bool:
         return not self.stopped
@@ -238,13 +244,23 @@ class Unanswering:
         self.stopped = {"block": block, "hard_stop": hard_stop}
 
 
-def test_a_peer_that_is_out_of_time_stops_at_once() -> None:
+@pytest.mark.parametrize(
+    ("manager", "seconds", "said"),
+    [
+        (Manager(100), 0.0, "requests were left when its time was over"),
+        (Manager(1), None, "takes no request"),
+        (Manager(1, answers=False), None, "answers nothing: no room"),
+    ],
+    ids=["out of time", "dead", "never alive"],
+)
+def test_a_peer_that_answers_no_more_is_told_and_stops_at_once(
+    manager: Manager, seconds: float | None, said: str
+) -> None:
     """Stopped as usual it would first answer all that it was asked, in the next workload's time."""
-    manager = Unanswering()
     network = SimpleNamespace(init_continuous_batching=lambda generation, config: manager)
     peer = baselines.ContinuousBatching((torch, network), pool_tokens=1024)
-    with pytest.raises(RuntimeError, match="requests were left when its time was over"):
-        peer.run(traces.fork(1, 0, 4, 2), seconds=0.0)
+    with pytest.raises(RuntimeError, match=said):
+        peer.run(traces.fork(1, 0, 4, 2), seconds)
     assert manager.stopped == {"block": True, "hard_stop": True}
 
 
