@@ -65,6 +65,8 @@ class Options:
         retries: Retries | int,
     ) -> Options:
         """Return the options. Raises InvalidRequest naming the one that cannot be."""
+        if resume is not None and not isinstance(resume, (str, os.PathLike)):
+            raise InvalidRequest(f"resume must be the path of a file, got {resume!r}", field="resume")
         for name, value, allowed in (
             ("order", order, (None, *_ORDERS)),
             ("errors", errors, _ERRORS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from bough.backend import Backend, chosen
@@ -185,6 +185,8 @@ class BatchRuns:
         sampling, rest = self._split(given)
         if rest:
             raise TypeError(f"run_batch() got an unexpected keyword argument {next(iter(rest))!r}")
+        if not isinstance(items, Iterable):
+            raise InvalidRequest(f"a batch must be a list of items, got {items!r}", field="batch_kwargs")
         calls = [self._call_of(index, item) for index, item in enumerate(items)]
         assert isinstance(self, Program), "these are a program's batches"
         return Batch(self, calls, target, sampling, Options.of(**options))

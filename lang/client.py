@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
@@ -79,6 +79,10 @@ class RuntimeClient:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Raise TypeError: another process connects by itself."""
+        raise TypeError(f"RuntimeClient cannot be pickled: give the other process bo.RuntimeClient({self.address!r})")
 
     def __repr__(self) -> str:
         state = "closed" if self._link.lost else "connected"

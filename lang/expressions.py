@@ -36,6 +36,12 @@ class Expression:
     def __radd__(self, other: object) -> Concat:
         return Concat((*pieces_of(other), *self.pieces()))
 
+    def __format__(self, spec: str) -> str:
+        """Raise InvalidRequest: in an f-string an expression would become its description, for the model to read."""
+        raise InvalidRequest(
+            f'{self!r} cannot be part of an f-string: join it with +, as in "Answer: " + bo.gen("answer")'
+        )
+
     def pieces(self) -> tuple[Piece, ...]:
         """Return the atomic pieces in order."""
         return (cast("Piece", self),)
@@ -315,8 +321,8 @@ def select(
 
 def _method(given: object) -> ChoicesMethod:
     """Return a named method as its name, another as it is."""
-    if isinstance(given, str) and given in CHOICE_METHODS:
-        return literal(given)
+    if isinstance(given, str) and given in (*CHOICE_METHODS, "total_likelihood"):
+        return literal("sum" if given == "total_likelihood" else given)
     if isinstance(given, ChoicesSamplingMethod):
         return given
     raise InvalidRequest(

@@ -37,6 +37,9 @@ class Group(Sequence[State]):
         self._parent = parent
         self._states = list(states)
 
+    def __repr__(self) -> str:
+        return f"<Group of {len(self._states)}: {', '.join(map(repr, self._states))}>"
+
     def __len__(self) -> int:
         return len(self._states)
 

@@ -113,7 +113,9 @@ class Interpreter:
         for piece in pieces:
             if isinstance(piece, RoleBegin):
                 if role is not None:
-                    raise InvalidRequest(f"a {piece.role} message cannot begin inside the open {role} message")
+                    raise InvalidRequest(
+                        f"a message of role {piece.role!r} cannot begin inside the open {role} message"
+                    )
                 role = piece.role
             elif isinstance(piece, RoleEnd):
                 if role is None:

@@ -52,6 +52,10 @@ class ItemState(State):
         state.num_attempts = num_attempts
         return state
 
+    def __repr__(self) -> str:
+        """Return which item it is, and its variables; nothing is waited for."""
+        return super().__repr__().replace(":", f" item {self.index}:", 1)
+
     @property
     def is_saved(self) -> bool:
         """Whether this was read from a results file, and not run."""

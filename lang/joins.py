@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -77,8 +78,20 @@ def best(states: Sequence[State], score: Score) -> State:
     if score is mean_logprob:
         scores = [_mean_logprob(state._interpreter.own_items()) for state in alive]
     else:
-        scores = [float(score(state)) for state in alive]
+        scores = [score_of(score, state) for state in alive]
     return alive[scores.index(max(scores))]
+
+
+def score_of(score: Score, state: State) -> float:
+    """Return the score of a branch. Raises InvalidRequest for what puts branches in no order."""
+    value = score(state)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise InvalidRequest(f"a score must be a number, got {value!r}", field="score", value=repr(value))
+    return number
 
 
 def voted(states: Sequence[State], key: Key) -> State:

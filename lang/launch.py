@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bough.backend import Branch, Generation, OnDelta
 from bough.client import RuntimeClient
@@ -136,6 +136,10 @@ class Runtime:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+    def __reduce__(self) -> NoReturn:
+        """Raise TypeError: another process connects by itself."""
+        raise TypeError(f"Runtime cannot be pickled: give the other process bo.RuntimeClient({self.address!r})")
 
     def __repr__(self) -> str:
         return f"<Runtime {self._client.welcome.model} pid {self.pid} at {self.address}>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,12 @@ class Program(BatchRuns):
 
     def __repr__(self) -> str:
         return f"<program {self._func.__name__}{self._signature}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Return the program's name, by which another process imports it, as it would a function."""
+        if not self._bound:
+            return self._func.__qualname__
+        return _rebound, (self._func.__module__, self._func.__qualname__, self._bound)
 
     def bind(self, **arguments: Any) -> Program:
         """Return the program with some of its arguments given; a later argument of the same name wins."""
@@ -216,3 +223,9 @@ def function(
     """
     count("num_api_spec_tokens", num_api_spec_tokens)
     return Program if func is None else Program(func)
+
+
+def _rebound(module: str, name: str, arguments: Mapping[str, Any]) -> Program:
+    """Return a program, found by its name, with arguments bound."""
+    program: Program = functools.reduce(getattr, name.split("."), importlib.import_module(module))  # type: ignore[arg-type]
+    return program.bind(**arguments)

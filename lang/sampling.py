@@ -87,13 +87,27 @@ def sampling_overrides(given: Mapping[str, object]) -> dict[str, Any]:
         if name in fields:
             fields[name] = _as_tuple(name, fields[name])
     if not isinstance(fields.get("logit_bias", {}), Mapping):
-        raise InvalidRequest(f"logit_bias must map token ids to numbers, got {fields['logit_bias']!r}")
+        raise InvalidRequest(
+            f"logit_bias must map token ids to numbers, got {fields['logit_bias']!r}", field="logit_bias"
+        )
+    _check_bias_keys(fields.get("logit_bias"))
     exact = _converted(fields)
     values = {name: getattr(exact, name) for name in fields}
     if "min_tokens" in fields and "max_tokens" not in fields:
         exact = msgspec.structs.replace(exact, max_tokens=max(exact.max_tokens, exact.min_tokens))
     _check(exact)
     return values
+
+
+def _check_bias_keys(bias: object) -> None:
+    """Raise InvalidRequest for the first key that is no token id; OpenAI's protocol writes them as texts."""
+    for token in bias if isinstance(bias, Mapping) else ():
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise InvalidRequest(
+                f"logit_bias must map token ids (int) to numbers, got the key {token!r}",
+                field="logit_bias",
+                value=repr(token),
+            )
 
 
 def refuse_unsupported(where: str, given: Mapping[str, object]) -> None:

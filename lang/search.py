@@ -15,7 +15,7 @@ import msgspec
 
 from bough.errors import InvalidRequest
 from bough.expressions import Expression
-from bough.joins import Score, mean_logprob, mean_logprob_since, sound
+from bough.joins import Score, mean_logprob, mean_logprob_since, score_of, sound
 from bough.race import end_all
 from bough.sampling import count
 
@@ -65,7 +65,7 @@ def beam(
             beams = [entry for entry in beams if entry[2]]
             for _, children in grown:
                 beams += [
-                    (float(judge(child)), child, bool(is_final and is_final(child))) for child in _alive(children)
+                    (score_of(judge, child), child, bool(is_final and is_final(child))) for child in _alive(children)
                 ]
             if not beams:
                 _raise_first([child for _, children in grown for child in children])
@@ -173,7 +173,7 @@ class TreeSearch:
         judge = self._score or mean_logprob_since(self.root.state)
         for leaf, children in grown:
             for child in _alive(children):
-                score = float(judge(child))
+                score = score_of(judge, child)
                 leaf.children.append(SearchNode(child, leaf, score, bool(self._is_final and self._is_final(child))))
                 leaf.children[-1].back_up(score)
             if not leaf.children and leaf is self.root:

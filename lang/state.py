@@ -5,8 +5,8 @@ Appending never waits; a variable waits when it is read, and raises there what w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, overload
 
 from bough.awaiting import AsyncReads
 from bough.backend import Backend
@@ -23,7 +23,7 @@ from bough.searching import Searching
 from bough.streaming import Feed, Run
 from bough.tool_calling import ToolCalling
 from bough.travel import TimeTravel
-from bough.variables import LAZY, Derived, Span, read, variables_of
+from bough.variables import LAZY, Derived, Span, pending, read, variables_of
 
 if TYPE_CHECKING:
     from bough.scopes import RoleScope, VarScope
@@ -70,6 +70,19 @@ class State(AsyncReads, Following, ToolCalling, Branching, TimeTravel, Searching
         self._toolbox: Toolbox | None = None
         self._arg: Any = None
         self._name: str | None = None
+
+    def __repr__(self) -> str:
+        """Return what the state is, and which variables it has; nothing is waited for."""
+        place = "".join(f"[{number}]" for number in self.path)
+        names = ", ".join(f"{name} (pending)" if pending(value) else name for name, value in [*self._variables.items()])
+        return f"<{type(self).__name__} {self._title}{place}: {names or 'no variables'}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Raise TypeError: a state is part of a run, which lives in this process."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled, it is part of a run: take what it says, with dict(state), "
+            "state.text() or state.messages()"
+        )
 
     # ------------------------------------------------------------------------------------------ append
 
@@ -184,6 +197,14 @@ class State(AsyncReads, Following, ToolCalling, Branching, TimeTravel, Searching
     def __contains__(self, name: object) -> bool:
         """Return whether a variable of this name was assigned, be it computed yet or not."""
         return name in self._variables
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the variables that were assigned, computed yet or not; `dict(state)` reads them all."""
+        return iter(list(self._variables))
+
+    def keys(self) -> list[str]:
+        """Return the names of the variables that were assigned, computed yet or not."""
+        return list(self._variables)
 
     def _assign(self, name: str, value: Any) -> None:
         self._variables[name] = value

@@ -37,7 +37,7 @@ class Transcript:
     def begin(self, role: str) -> Transcript:
         """Return the list with a message opened. Raises InvalidRequest inside another."""
         if self.role is not None:
-            raise InvalidRequest(f"a {role} message cannot begin inside the open {self.role} message")
+            raise InvalidRequest(f"a message of role {role!r} cannot begin inside the open {self.role} message")
         return Transcript(self, "begin", "", role, self.length + 1)
 
     def end(self) -> Transcript:

@@ -118,3 +118,8 @@ def written(value: object) -> str:
     if isinstance(value, GenCall) and len(value.replies) == 1:
         return value.text()
     return str(read(value))
+
+
+def pending(value: object) -> bool:
+    """Return whether reading the value of a variable would wait."""
+    return isinstance(value, LAZY) and any(not future.done() for future in value.futures())

@@ -35,6 +35,19 @@ class TextTail:
         return self._parts[0] + self._fresh[0]
 
     @property
+    def num_pending(self) -> int:
+        """How many characters have tokens that are not fixed yet."""
+        return sum(map(len, self._parts)) + sum(map(len, self._fresh))
+
+    @property
+    def least_pending(self) -> int:
+        """A number of tokens that `flush` cannot stay below, for a byte-level tokenizer; 0 where none is known.
+
+        Such a token holds so many bytes at most, and NFC leaves at least one byte of four characters.
+        """
+        return self.num_pending // (4 * self._tokenizer.longest_token) if self._tokenizer.has_boundaries else 0
+
+    @property
     def is_empty(self) -> bool:
         """Whether `flush` would give nothing."""
         return not self._ready and not any(self._parts) and not any(self._fresh)

@@ -34,9 +34,10 @@ _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """Encodes and decodes for one model. Immutable once loaded; made by `load_tokenizer`.
 
-    vocab_size: the largest id plus one, added tokens included. bos_id: None if the model has no such token.
-    adds_bos: whether Hugging Face tokenisation of raw text starts with it. eos_ids: every id that ends generation, by
-    the tokenizer, generation_config.json and config.json, in that order. special_ids: tokens left out of shown text.
+    vocab_size: the largest id plus one, added tokens included. longest_token: most bytes of one. bos_id: None if the
+    model has no such token. adds_bos: whether Hugging Face tokenisation of raw text starts with it. eos_ids: every id
+    that ends generation, by the tokenizer, generation_config.json and config.json, in that order. special_ids: tokens
+    left out of shown text.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -53,6 +54,7 @@ class Tokenizer:
         self._cuts_are_known = cuts_are_known(files)
 
         self.vocab_size: int = len(self._table)
+        self.longest_token: int = max(map(len, self._table))
         self.bos_id: int | None = files.id_of(files.named["bos_token"]) if "bos_token" in files.named else None
         self.adds_bos: bool = self.bos_id is not None and _adds(full, files, self.bos_id)
         self.eos_ids: tuple[int, ...] = files.eos_ids

@@ -81,7 +81,10 @@ def test_control_tokens_in_a_programs_text_are_plain_text(pocket: bo.Runtime, to
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (lambda s: s.__iadd__(bo.user(bo.assistant("x"))), "a assistant message cannot begin inside the open user"),
+        (
+            lambda s: s.__iadd__(bo.user(bo.assistant("x"))),
+            "a message of role 'assistant' cannot begin inside the open user",
+        ),
         (lambda s: s.__iadd__(bo.user_end()), "without a message to end"),
         (lambda s: s.__iadd__(bo.select("x", [])), "choices must hold 1 to"),
         (lambda s: s.__iadd__(bo.select("x", ["a", "a"])), r"choices\[1\] repeats choices\[0\]"),

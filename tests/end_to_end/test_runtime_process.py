@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -207,6 +209,13 @@ def test_a_seed_fixes_what_is_sampled_whatever_the_page_size_and_the_cache(pocke
 def test_options_that_cannot_be_are_refused_before_anything_starts(options: dict[str, Any], words: str) -> None:
     with pytest.raises(bo.InvalidRequest, match=words):
         bo.Runtime(**options)
+
+
+def test_a_runtime_tells_who_would_pickle_it_how_to_reach_it(tiny: bo.Runtime) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"RuntimeClient({tiny.address!r})")):
+        pickle.dumps(tiny)
+    with bo.RuntimeClient(tiny.address) as client, pytest.raises(TypeError, match=re.escape(tiny.address)):
+        pickle.dumps(client)
 
 
 # ------------------------------------------------------------------------------------------------ limits

@@ -104,3 +104,11 @@ def test_forks_in_a_batch_make_no_threads() -> None:
 def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     square.run_batch([(1,), (2,)], backend=bo.ScriptedBackend(squares), progress_bar=True)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_what_is_no_batch_and_no_file_is_refused_by_name() -> None:
+    program, backend = bo.function(lambda s: None), bo.ScriptedBackend()
+    with pytest.raises(bo.InvalidRequest, match="a batch must be a list of items, got None"):
+        program.run_batch(None, backend=backend)  # type: ignore[call-overload]
+    with pytest.raises(bo.InvalidRequest, match="resume must be the path of a file, got 3"):
+        program.run_batch([{}], resume=3, backend=backend)  # type: ignore[call-overload]

@@ -66,6 +66,7 @@ def test_gen_never_touches_the_stop_list_it_is_given() -> None:
         ({"logit_bias": {-1: 1.0}}, "logit_bias must be token ids from 0"),
         ({"logit_bias": {1: math.inf}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias must map token ids"),
+        ({"logit_bias": {"300": 1.0}}, r"logit_bias must map token ids \(int\) to numbers, got the key '300'"),
         ({"stop": [1]}, r"stop\[0\] must be str"),
         ({"stop": ""}, "stop must be non-empty"),
         ({"stop": {"a": 1}}, "stop must be one value or a list"),
@@ -93,6 +94,11 @@ def test_none_is_unset_also_for_what_is_not_supported() -> None:
     assert bo.gen("x", regex=None, dtype=None) == bo.gen("x")
     with pytest.raises(TypeError, match="maximum_tokens"):
         bo.gen("x", maximum_tokens=3)
+
+
+def test_the_likelihood_of_the_whole_goes_by_both_its_names() -> None:
+    named = bo.select("x", ["a", "b"], choices_method="total_likelihood")  # type: ignore[arg-type]
+    assert named == bo.select("x", ["a", "b"], choices_method=bo.total_likelihood)
 
 
 def test_gen_with_choices_is_select() -> None:
@@ -155,6 +161,12 @@ def test_only_text_and_expressions_join() -> None:
             bo.gen("x") + wrong
         with pytest.raises(bo.InvalidRequest, match="only text and expressions"):
             bo.user(wrong)  # type: ignore[arg-type]
+
+
+def test_an_expression_in_an_f_string_is_refused() -> None:
+    with pytest.raises(bo.InvalidRequest, match="cannot be part of an f-string"):
+        f"The answer is {bo.gen('x')}."
+    assert "Gen" in f"{bo.gen('x')!r}"
 
 
 def test_a_long_sum_of_expressions_is_no_deep_nest() -> None:

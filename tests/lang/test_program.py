@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -285,3 +287,15 @@ def test_a_program_run_inside_a_program_uses_its_backend(default: Params) -> Non
 
     assert "inner?" in outer.run(backend=given).text()
     assert (len(given.params), len(default.params)) == (1, 0)
+
+
+@bo.function
+def sent(s: bo.State, x: int, y: int = 0) -> int:
+    return x + y
+
+
+def test_a_program_goes_to_another_process_by_its_name_with_what_was_bound() -> None:
+    assert pickle.loads(pickle.dumps(sent)) is sent
+    assert copy.deepcopy(sent) is sent
+    again = pickle.loads(pickle.dumps(sent.bind(x=1).bind(y=2)))
+    assert again.run(backend=bo.ScriptedBackend()).ret_value == 3

@@ -143,3 +143,14 @@ def test_a_score_that_raises_leaves_nothing_behind() -> None:
         s.beam(0, bo.gen("x"), depth=1)
     with pytest.raises(bo.InvalidRequest, match="step must be"):
         s.best_of(2, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("worth", [float("nan"), "x", None])
+def test_a_score_that_is_no_number_is_refused(worth: Any) -> None:
+    s = State(bo.ScriptedBackend(lambda *_: "a"))
+    with pytest.raises(bo.InvalidRequest, match="a score must be a number, got"):
+        s.best_of(2, bo.gen("x"), score=lambda _: worth)
+    with pytest.raises(bo.InvalidRequest, match="a score must be a number, got"):
+        s.beam(1, bo.gen("x"), score=lambda _: worth, depth=1)
+    with pytest.raises(bo.InvalidRequest, match="a score must be a number, got"):
+        s.search(bo.gen("x"), score=lambda _: worth, rounds=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -219,11 +220,11 @@ def test_a_role_closed_inside_its_block_is_told_and_an_exception_passes_unharmed
 @pytest.mark.parametrize(
     ("expression", "words"),
     [
-        (bo.user("a" + bo.system("b")), "a system message cannot begin inside the open user message"),
+        (bo.user("a" + bo.system("b")), "a message of role 'system' cannot begin inside the open user message"),
         (bo.user_end(), "user_end without a message to end"),
         (bo.role_end(), "role_end without a message to end"),
         (bo.user_begin() + "a" + bo.assistant_end(), "assistant_end cannot end the open user message"),
-        ("text" + bo.user(bo.user_begin()), "a user message cannot begin inside the open user message"),
+        ("text" + bo.user(bo.user_begin()), "a message of role 'user' cannot begin inside the open user message"),
     ],
 )
 def test_roles_out_of_order_are_refused_before_anything_is_appended(expression: Any, words: str) -> None:
@@ -301,3 +302,34 @@ def test_variables_can_be_awaited() -> None:
     with s.var_scope("z"):
         s += bo.user("q")
     assert asyncio.run(_aget(s)) == ("ok", 5, "<|im_start|>user\nq<|im_end|>\n")
+
+
+# ---------------------------------------------------------------------------------------------- looked at
+
+
+def test_a_state_shows_itself_without_waiting() -> None:
+    backend = bo.ScriptedBackend(["one", "two"])
+    with backend.paused():
+        s = State(backend, title="talk")
+        assert repr(s) == "<State talk: no variables>"
+        s["given"] = 3
+        s += bo.gen("a")
+        forks = s.fork(2)
+        assert repr(s) == "<State talk: given, a (pending)>"
+        assert repr(forks) == "<Group of 2: <State talk[0]: given, a (pending)>, <State talk[1]: given, a (pending)>>"
+    s.sync()
+    assert repr(s) == "<State talk: given, a>"
+
+
+def test_a_state_is_read_whole_as_a_dict() -> None:
+    s = State(bo.ScriptedBackend(["one"]))
+    assert list(s) == s.keys() == []
+    s += bo.gen("a")
+    s["b"] = 2
+    assert list(s) == s.keys() == ["a", "b"]
+    assert dict(s) == {"a": "one", "b": 2}
+
+
+def test_a_state_says_why_it_cannot_be_pickled() -> None:
+    with pytest.raises(TypeError, match=r"State cannot be pickled.* dict\(state\)"):
+        pickle.dumps(State(bo.ScriptedBackend()))

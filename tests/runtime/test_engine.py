@@ -373,6 +373,27 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None
     client.last(gen, Failed)
 
 
+@pytest.mark.parametrize("text", ["x y" * 500_000, "x" * 4_000_000], ids=["many places to cut", "none"])
+def test_of_a_text_far_beyond_the_context_only_a_part_is_tokenised(text: str) -> None:
+    client = Client(context_len=20)
+    client.branch(1, Text(text))
+    client.run()
+    failure = next(r[-1] for r in client.replies.values() if isinstance(r[-1], Failed))
+    assert failure.kind == "context_overflow"
+    assert "the branch has at least " in failure.message
+    assert 20 < failure.details["num_tokens"] < 100_000
+
+
+def test_a_long_text_that_fits_has_the_tokens_of_the_whole() -> None:
+    text = "Words, 日本語 and x" + "y" * 70_000 + " no place to cut " * 9_000
+    expected = TOKENIZER.encode(text)
+    client = Client(pages=64_000, context_len=len(expected) + 8)
+    client.branch(1, Text(text))
+    gen = client.generate(1, max_tokens=1)
+    client.run()
+    assert client.last(gen, Generated).usage.prompt_tokens == len(expected)
+
+
 def test_a_generation_that_reaches_the_context_says_so_and_keeps_its_text() -> None:
     client = Client(context_len=20)
     client.branch(1, Text("one two three"))
