@@ -227,5 +227,8 @@ def function(
 
 def _rebound(module: str, name: str, arguments: Mapping[str, Any]) -> Program:
     """Return a program, found by its name, with arguments bound."""
-    program: Program = functools.reduce(getattr, name.split("."), importlib.import_module(module))  # type: ignore[arg-type]
-    return program.bind(**arguments)
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Program), "it was pickled under this name"
+    return found.bind(**arguments)
