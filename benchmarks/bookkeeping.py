@@ -16,7 +16,8 @@ from bough.runtime.runner import Runner, load_runner
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.sequence import Sequence
 
-_CALLS: Final = ("matched_len", "acquire", "reserve", "publish", "release", "trim")  # match, lease, insert, evict
+# match, lease, insert, evict
+_CALLS: Final = ("matched_len", "has_room", "acquire", "reserve", "publish", "release", "trim")
 _POOL_TOKENS: Final = 8_192  # fewer than the runs bring: what is old is evicted
 
 

@@ -286,13 +286,7 @@ class Scheduler:
                 return
             if sequence.is_paused or self._is_computed_elsewhere(sequence):
                 continue
-            lease = self.cache.acquire(
-                sequence.namespace,
-                sequence.tokens.view(0, sequence.num_slots),
-                sequence.match_limit,
-                headroom=self._headroom(sequence),
-                used_until=self._clocks[0] if self.running else None,
-            )
+            lease = self._acquire(sequence)
             if lease is None and not self.running and may_exhaust:
                 # A cached prefix can pin more pages than its tokens need, where edges meet inside a page: do without.
                 tokens = sequence.tokens.view(0, sequence.num_slots)
@@ -312,6 +306,16 @@ class Scheduler:
                 copies.append(lease.copy)
             rows[sequence] = sequence.most_new(budget)
             budget -= rows[sequence]
+
+    def _acquire(self, sequence: Sequence) -> Lease | None:
+        """Lease pages for a waiting sequence, beside those that run; None if there are not enough."""
+        headroom = self._headroom(sequence)
+        used_until = self._clocks[0] if self.running else None
+        num_slots = sequence.num_slots
+        if self.running and not self.cache.has_room(num_slots, self._matched_len(sequence), headroom, used_until):
+            return None
+        tokens = sequence.tokens.view(0, num_slots)
+        return self.cache.acquire(sequence.namespace, tokens, sequence.match_limit, headroom, used_until)
 
     def _headroom(self, sequence: Sequence) -> int:
         """Return how many pages to leave free: for what those that run, and this one, are likely to generate."""

@@ -116,6 +116,12 @@ MUTANTS = (
         "            self.tree.unlock(node)\n            return None",
         "            return None",
     ),
+    Mutant(
+        "who waits is sent away while leaves could be evicted",
+        CACHE,
+        "num_free >= needed or self.tree.has_leaves(used_until)",
+        "num_free >= needed",
+    ),
     Mutant("headroom is ignored", CACHE, "self.allocator.num_free >= count + headroom", "True"),
     Mutant(
         "a release forgets the lock",

@@ -74,6 +74,14 @@ class PrefixCache:
         """Return how many leading tokens are cached."""
         return self.tree.match(namespace, tokens).length if self.enabled else 0
 
+    def has_room(self, num_tokens: int, matched: int, headroom: int, used_until: int | None) -> bool:
+        """Whether `acquire` may succeed for so many tokens of which `matched` are cached; if not, it need not be asked.
+
+        In a full pool somebody waits in every step: this costs a third of matching, locking and giving back.
+        """
+        needed = self.num_pages_for(num_tokens) - matched // self.page_size + headroom
+        return self.allocator.num_free >= needed or self.tree.has_leaves(used_until)
+
     def acquire(
         self, namespace: Hashable, tokens: IntArray, limit: int, headroom: int, used_until: int | None = None
     ) -> Lease | None:
@@ -95,8 +103,6 @@ class PrefixCache:
     ) -> Lease | None:
         shared = match.length // self.page_size
         num_pages = self.num_pages_for(num_tokens)
-        if not self._may_have(num_pages - shared + headroom, used_until):
-            return None
         node = self.tree.seal(match)
         self.tree.lock(node)
         fresh = self._allocate(num_pages - shared, headroom, used_until)
@@ -162,10 +168,6 @@ class PrefixCache:
     def flush(self) -> int:
         """Drop every prefix that no lease needs; return how many pages became free."""
         return self.tree.evict(self.num_pages)
-
-    def _may_have(self, num_pages: int, used_until: int | None) -> bool:
-        """Whether it is worth trying: with a full pool, who waits asks in every step."""
-        return self.allocator.num_free >= num_pages or self.tree.has_leaves(used_until)
 
     def _allocate(self, count: int, headroom: int, used_until: int | None = None) -> list[int] | None:
         missing = count + headroom - self.allocator.num_free

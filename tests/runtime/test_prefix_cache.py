@@ -97,6 +97,18 @@ def test_what_cannot_be_had_changes_nothing() -> None:
     cache.check_invariants([lease])
 
 
+def test_there_is_room_while_something_old_enough_can_be_evicted() -> None:
+    cache = PrefixCache(4, page_size=2)
+    filled(cache, ids(1, 1, 1, 1))
+    then = cache.tree.clock
+    lease = lease_of(cache, ids(2, 2))
+    assert cache.has_room(4, matched=0, headroom=0, used_until=then)
+    assert cache.has_room(2, matched=0, headroom=0, used_until=then - 2)  # the free page
+    assert not cache.has_room(4, matched=0, headroom=0, used_until=then - 2)
+    assert cache.has_room(4, matched=2, headroom=0, used_until=then - 2)
+    cache.release(lease)
+
+
 def test_a_full_pool_gives_up_the_copied_page_rather_than_fail() -> None:
     cache = PrefixCache(2, page_size=2)
     filled(cache, ids(1, 2, 3))
@@ -137,11 +149,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.live: list[tuple[Lease, list[int]]] = []
         self.computed: dict[int, int] = {}
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10), headroom=st.integers(0, 2))
-    def acquire(self, tokens: list[int], headroom: int) -> None:
-        lease = self.cache.acquire("ns", ids(*tokens), limit=len(tokens) - 1, headroom=headroom)
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=10),
+        headroom=st.integers(0, 2),
+        age=st.none() | st.integers(0, 8),
+    )
+    def acquire(self, tokens: list[int], headroom: int, age: int | None) -> None:
+        used_until = None if age is None else self.cache.tree.clock - age
+        matched = self.cache.matched_len("ns", ids(*tokens[:-1]))
+        had_room = self.cache.has_room(len(tokens), matched, headroom, used_until)
+        lease = self.cache.acquire("ns", ids(*tokens), len(tokens) - 1, headroom, used_until)
         if lease is None:
             return
+        assert had_room, "somebody who was sent away would have got pages"
+        assert self.cache.allocator.num_free >= headroom
         if lease.copy is not None:
             for slot in range(lease.copy.num_slots):
                 self.kv[lease.copy.target, slot] = self.kv[lease.copy.source, slot]
