@@ -1,8 +1,9 @@
 """What becomes of a decode step when something else wants one of the cores?
 
 A step of 8 sequences of the 30M model, on all cores, alone and beside a process that keeps one core busy; with
-OpenMP's threads waiting as the runtime has them wait (they spin for 50 us and then sleep), as they do by default (they
-spin for long), and passively (they sleep at once). Each setting is a process of its own; they take turns.
+OpenMP's threads waiting as the runtime has them wait (they spin for 50 us and then sleep), for a quarter of that, as
+they do by default (they spin for long), and passively (they sleep at once). Each setting is a process of its own; they
+take turns.
 
     python benchmarks/bench_busy.py [--quick] [--save]
 """
@@ -27,6 +28,7 @@ from models import llama_30m
 BUSY_S: Final = 300  # when the busy process ends by itself, should nobody end it
 SETTINGS: Final = {
     "50 µs, then sleep (the runtime's)": {"GOMP_SPINCOUNT": "2000"},
+    "12 µs, then sleep": {"GOMP_SPINCOUNT": "500"},
     "OpenMP's default": {},
     "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
