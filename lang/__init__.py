@@ -32,7 +32,8 @@ The map of this folder, each line a part and its files:
                             grammar_facts.py knows what they hold; lark_source.py writes them for the runtime,
                             matching.py reads texts against them (acceptor.py, capture_reader.py), samples.py makes
                             texts
-    types                   typed.py, scalars.py, schemas.py; partial.py and growth.py while they are written, var.py
+    types                   typed.py, scalars.py, schemas.py (schema_parts.py, msgspec_schemas.py, pydantic_schemas.py,
+                            type_limits.py); partial.py and growth.py while they are written, var.py names their results
     tools                   tool_calling.py, tools.py, toolbox.py, tool_formats.py, tool_grammars.py
     thoughts                reasoning.py parts them from answers, thinking.py makes those that later context forgets
     waiting                 waiting.py, on an event loop by way of onloop.py
