@@ -18,10 +18,10 @@ from bough.runtime.config import RuntimeConfig
 from bough.runtime.grammar.compiler import GrammarKey
 from bough.runtime.inflight import InFlight
 from bough.runtime.lifecycle import Progress
-from bough.runtime.operation import Operation, failed
+from bough.runtime.operation import Operation, check_ids, failed
+from bough.runtime.private_texts import private_texts
 from bough.runtime.protocol import (
     MAX_FORK,
-    MAX_ID,
     Buffer,
     Cancel,
     Cancelled,
@@ -36,7 +36,6 @@ from bough.runtime.protocol import (
     Open,
     Ping,
     Pong,
-    ProtocolError,
     Release,
     Request,
     RequestError,
@@ -49,7 +48,6 @@ from bough.runtime.protocol import (
 from bough.runtime.scheduler import Scheduler
 from bough.runtime.selection import Selection
 from bough.runtime.session import Session
-from bough.runtime.vector import IntArray, common_prefix
 from bough.runtime.work import Generation, Work
 
 log = logging.getLogger(__name__)
@@ -97,7 +95,7 @@ class Engine:
         timeout_s = getattr(request, "timeout_s", None)
         operation = Operation(request.op, session, request, buffers, self._clock() if now is None else now, timeout_s)
         try:
-            _check_ids(request)
+            check_ids(request)
             session.register(operation)
         except RequestError as error:
             session.reply(failed(request.op, error))
@@ -417,28 +415,11 @@ class Engine:
             assert request.branch is not None
             start = session.branches.get(request.branch)
             doomed = [op for branch in (start.descendants() if start else ()) for op in self._unfinished(branch)]
-        private = self._private_texts(start, doomed) if request.discard and start is not None else ()
+        private = private_texts(start, doomed) if request.discard and start is not None else ()
         count = self.cancel_operations(doomed, RequestError("cancelled", "the operation was cancelled"))
         for tokens, keep in private:
             self.scheduler.cache.discard(session.namespace, tokens, keep)
         operation.end(Cancelled(op=request.op, count=count))
-
-    def _private_texts(self, start: Branch, doomed: Items[Operation]) -> list[tuple[IntArray, int]]:
-        """Return the texts of a branch and its descendants, and how many leading tokens of each others use too.
-
-        Those are what the branch was forked off with, and what a sibling happens to have in common with it.
-        """
-        if not start.is_born:
-            return []
-        born_len = start.born_len
-        siblings = start.parent.children.values() if start.parent is not None else ()
-        others = [other.log.since(born_len) for other in siblings if other is not start and other.is_born]
-        running = [sequence.tokens.view() for op in doomed if op.work is not None for sequence in op.work.sequences]
-        logs = [branch.log.array() for branch in reversed(start.descendants()) if branch.is_born]
-        return [
-            (text.copy(), born_len + max((common_prefix(other, text[born_len:]) for other in others), default=0))
-            for text in (*running, *logs)
-        ]
 
     def _unfinished(self, branch: Branch) -> list[Operation]:
         running = [branch.current] if branch.current is not None else []
@@ -550,15 +531,3 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             phase="draining" if self.is_draining else "serving",
         )
-
-
-def _check_ids(request: Request) -> None:
-    """Raise ProtocolError unless the ids a client chose are in range."""
-    fields = {name: getattr(request, name, None) for name in ("op", "branch", "target")}
-    for name, value in fields.items():
-        if value is not None and not 0 <= value <= MAX_ID:
-            raise ProtocolError(f"{name} must be between 0 and {MAX_ID}, got {value}")
-    if isinstance(request, Fork) and request.children:
-        for child in (min(request.children), max(request.children)):
-            if not 0 <= child <= MAX_ID:
-                raise ProtocolError(f"children must be between 0 and {MAX_ID}, got {child}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bough.runtime.lifecycle import Progress, moved
-from bough.runtime.protocol import Buffer, Failed, Reply, Request, RequestError
+from bough.runtime.protocol import MAX_ID, Buffer, Failed, Fork, ProtocolError, Reply, Request, RequestError
 
 if TYPE_CHECKING:
     from bough.runtime.branch import Branch, Poison
@@ -81,3 +81,15 @@ def failed(op: int | None, error: RequestError, cause: int | None = None) -> Fai
         for key, value in error.details.items()
     }
     return Failed(op=op, kind=error.kind, message=error.message, details=details, cause=cause)
+
+
+def check_ids(request: Request) -> None:
+    """Raise ProtocolError unless the ids a client chose are in range."""
+    fields = {name: getattr(request, name, None) for name in ("op", "branch", "target")}
+    for name, value in fields.items():
+        if value is not None and not 0 <= value <= MAX_ID:
+            raise ProtocolError(f"{name} must be between 0 and {MAX_ID}, got {value}")
+    if isinstance(request, Fork) and request.children:
+        for child in (min(request.children), max(request.children)):
+            if not 0 <= child <= MAX_ID:
+                raise ProtocolError(f"children must be between 0 and {MAX_ID}, got {child}")
