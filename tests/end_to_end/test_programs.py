@@ -175,22 +175,23 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(pocket: bo.Runtime) -> Non
 
 def test_text_after_a_stop_goes_on_from_the_cut(pocket: bo.Runtime) -> None:
     plain = Unhealed(pocket)  # as a cold prompt with the same text is continued
-    whole = continued.run("One two three four", backend=plain, max_tokens=40, temperature=0, ignore_eos=True)
-    stop = within(30, lambda: whole["new"])[10:12]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 64}
 
     @bo.function
     def resumed(s: bo.State) -> None:
-        s += "One two three four" + bo.gen("a", stop=stop) + " and then " + bo.gen("b")
+        s += bo.user("What is 17 + 25?")
+        s += bo.assistant(bo.gen("a", stop="nswer") + " and then " + bo.gen("b", max_tokens=8))
 
-    state = resumed.run(backend=plain, max_tokens=8, temperature=0, ignore_eos=True)
-    again = continued.run(
-        "One two three four" + within(30, lambda: state["a"]) + " and then ",
-        backend=plain,
-        max_tokens=8,
-        temperature=0,
-        ignore_eos=True,
-    )
-    assert within(30, lambda: again["new"]) == state["b"]
+    @bo.function
+    def cold(s: bo.State, text: str) -> None:
+        s += bo.user("What is 17 + 25?") + bo.assistant(text + " and then " + bo.gen("b", max_tokens=8))
+
+    state = resumed.run(backend=plain, **options)
+    said = within(30, lambda: state["a"])
+    assert said.endswith("The a")  # inside the token " answer"
+    again = cold.run(said, backend=plain, **options)
+    assert within(30, lambda: again["b"]) == state["b"]
+    assert again.get_meta_info("b")["prompt_tokens"] == state.get_meta_info("b")["prompt_tokens"]
 
 
 def test_stop_regex_stop_ids_and_min_tokens_are_kept(pocket: bo.Runtime) -> None:
