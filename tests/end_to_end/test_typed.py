@@ -41,6 +41,12 @@ class Ticket(pydantic.BaseModel):
     color: Color
 
 
+@dataclass
+class Seat:
+    row: Literal[1, 2, 3]
+    color: Color
+
+
 Small = Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=99)]], msgspec.Meta(min_length=1, max_length=3)]
 
 
@@ -58,7 +64,7 @@ def fill(s: bo.State, type: Any, **options: Any) -> None:
     "type",
     [
         int, float, bool, Color, Literal["yes", "no", "maybe"], dt.date, dt.time, dt.datetime, Small, dict[str, Small],
-        tuple[bool, Color], Person, Reading, Ticket, Annotated[int, msgspec.Meta(ge=5, le=7)] | None, Person | Ticket,
+        tuple[bool, Color], Person, Reading, Ticket, Annotated[int, msgspec.Meta(ge=5, le=7)] | None, Seat | Ticket,
     ],
     ids=repr,
 )  # fmt: skip
