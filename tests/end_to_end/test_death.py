@@ -148,42 +148,6 @@ def is_refused(client: bo.RuntimeClient) -> bool:
     return failure is not None
 
 
-SLOW_READER = """
-import sys
-import bough as bo
-from bough.runtime.protocol import SamplingParams, Text
-with bo.RuntimeClient(sys.argv[1]) as client:
-    branch = client.open()
-    client.extend(branch, [Text("Once upon a time")])
-    chunks = []
-    def note(delta):
-        if not chunks:
-            print("begun", flush=True)
-        chunks.append(delta.text)
-    running = client.generate(branch, SamplingParams(max_tokens=2500, ignore_eos=True, logprobs=20), on_delta=note)
-    done = running.result(60)
-    print(len(done.token_ids), "".join(chunks) == done.text, flush=True)
-"""
-
-
-def test_a_runtime_that_is_told_to_end_delivers_what_a_slow_client_has_not_read_yet() -> None:
-    """What a client that is stopped does not take fills ZeroMQ's queue and the system's; the runtime keeps the rest."""
-    with Served("pocket", "--lease", "100") as served, served.client() as other:
-        slow = python("-c", SLOW_READER, served.address)
-        try:
-            assert slow.stdout is not None
-            assert within(60, slow.stdout.readline) == "begun\n"
-            slow.send_signal(signal.SIGSTOP)
-            wait_until(lambda: other.stats()["num_running"] == 0, 60, "the generation has ended")
-            served.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: is_refused(other), 20, "it is to end")
-            slow.send_signal(signal.SIGCONT)
-            assert within(60, slow.stdout.readline) == "2500 True\n"
-            assert served.process.wait(20) == 0
-        finally:
-            end(slow)
-
-
 def test_a_client_that_is_killed_gives_its_branches_and_pages_back() -> None:
     script = """
 import sys
