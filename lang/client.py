@@ -54,10 +54,10 @@ class RuntimeClient:
         watch: Callable[[], str | None] | None = None,
     ) -> None:
         keys = _keys(server_public_key, public_key, secret_key)
-        ends_at = time.monotonic() + (ANSWER_S if timeout is None else timeout)
+        begin, limit = time.monotonic(), ANSWER_S if timeout is None else timeout
         _await_socket(address, SOCKET_S if timeout is None else timeout)
         link = Link(address, silence_s=silence_timeout, watch=watch, keys=keys)
-        link.start(max(ends_at - time.monotonic(), 0.001), tell_after_s=TELL_AFTER_S)
+        link.start(limit, waited_s=time.monotonic() - begin, tell_after_s=TELL_AFTER_S)
         self._use(link)
 
     @classmethod

@@ -112,10 +112,10 @@ class Link:
 
     # ------------------------------------------------------------------------------------------ any thread
 
-    def start(self, timeout_s: float, *, tell_after_s: float | None = None) -> protocol.Welcome:
+    def start(self, timeout_s: float, *, waited_s: float = 0.0, tell_after_s: float | None = None) -> protocol.Welcome:
         """Connect and say hello. Raises RuntimeLost if nothing answers in time, ProtocolMismatch if no runtime does.
 
-        tell_after_s: when to log what is waited for.
+        waited_s: how much of timeout_s is over already. tell_after_s: when to log what is waited for.
         """
         if self._stopping:
             raise self._closed()
@@ -133,13 +133,14 @@ class Link:
         self._thread.start()
         hello: Future[protocol.Welcome] = Future()
         self.send(protocol.Hello(next(self.ops), f"bough pid {self._pid}"), Entry(protocol.Welcome, None, hello))
+        left_s = max(timeout_s - waited_s, 0.001)
         try:
-            if tell_after_s is None or tell_after_s >= timeout_s:
-                return hello.result(timeout_s)
+            if tell_after_s is None or tell_after_s >= left_s:
+                return hello.result(left_s)
             with contextlib.suppress(FutureTimeout):
                 return hello.result(tell_after_s)
-            log.warning("waiting for a runtime to answer at %s, for %.3g s at most", self.address, timeout_s)
-            return hello.result(timeout_s - tell_after_s)
+            log.warning("waiting for a runtime to answer at %s, for %.3g s at most", self.address, left_s)
+            return hello.result(left_s - tell_after_s)
         except BoughError as error:
             self.stop()
             raise error.again() from error.__cause__
