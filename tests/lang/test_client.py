@@ -142,6 +142,25 @@ def test_streams_arrive_and_are_granted_credit(peer: Loopback, client: RuntimeCl
     assert peer.credits[0] == protocol.Credit(generate.op, 2)  # a quarter of the peer's 8
 
 
+def test_what_has_arrived_is_read_though_the_runtime_has_gone_since(peer: Loopback, client: RuntimeClient) -> None:
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def read_slowly(delta: Any) -> None:
+        has_begun.set()
+        assert may_go_on.wait(WAIT_S)
+
+    peer.hold()
+    running = client.generate(client.open(), SamplingParams(), on_delta=read_slowly)
+    op = peer.expect(1, protocol.Generate)[0].op
+    for _ in range(500):  # ZeroMQ looks for news of the connection once in a hundred messages
+        peer.send([protocol.Delta(op, "one ", protocol.encode_tokens([1]))])
+    assert has_begun.wait(WAIT_S)
+    peer.send([protocol.Generated(op, "one two", 0, "stop", 8, protocol.Usage())], [protocol.encode_tokens([1, 2])])
+    peer.leave()
+    may_go_on.set()
+    assert running.result(WAIT_S).text == "one two"
+
+
 def test_timeouts_travel_with_the_operation(peer: Loopback, client: RuntimeClient) -> None:
     s = State(client)
     s += bo.gen("x", timeout=2.5) + bo.select("y", ["a"], timeout=3)

@@ -112,6 +112,11 @@ class Loopback:
             self._do(lambda router: setattr(self, "_ended", True))
             self._thread.join(WAIT_S)
 
+    def leave(self) -> None:
+        """Close the socket once what was sent is delivered."""
+        self._do(lambda router: router.setsockopt(zmq.LINGER, int(1e3 * WAIT_S)))
+        self.die()
+
     def mute(self) -> None:
         """Answer nothing from now on, heartbeats included."""
         self._mute = True
